@@ -1,0 +1,1 @@
+"""The library behind the stage commands in scripts/. It never imports snakemake."""

@@ -1,0 +1,125 @@
+"""The sections of a config file as pydantic models: the source of config/schema.json.
+
+Frozen, and strict about unknown keys. A field's docstring is its description in the schema. What
+Megatron itself understands stands in `train`, under Megatron's own names (see megatron_options.py).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """What all sections share."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True
+    )
+
+
+class TinyModel(Section):
+    """A model of a few million parameters that is made on the spot, for trying the whole DAG."""
+
+    source: Literal["tiny"]
+    architecture: Literal["qwen3", "qwen2"] = "qwen3"
+    """qwen3: q/k norm, head_dim of its own, tied embeddings. qwen2 (Qwen2.5): QKV bias, untied."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of its random weights."""
+
+
+class HubModel(Section):
+    """A model repository on the Hugging Face Hub. A token is read from the environment only."""
+
+    source: Literal["hub"]
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Owner and name, such as Qwen/Qwen3-0.6B."""
+    revision: str = Field(default="main", min_length=1)
+    """Branch, tag or commit; resolved to a commit, which the manifest keeps."""
+
+
+class PathModel(Section):
+    """A Hugging Face model directory that is already on disk; it is linked, not copied."""
+
+    source: Literal["path"]
+    path: str = Field(min_length=1)
+    """The directory with config.json, the safetensors files and the tokenizer."""
+
+
+Model = Annotated[TinyModel | HubModel | PathModel, Field(discriminator="source")]
+
+
+class BuiltinCorpus(Section):
+    """English text that every machine has: pydoc's topics and the standard library's docstrings."""
+
+    source: Literal["builtin"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """The corpus's name in manifests and reports."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of training samples, relative to the other corpora's weights."""
+
+
+class FilesCorpus(Section):
+    """Text files of one's own."""
+
+    source: Literal["files"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """The corpus's name in manifests and reports."""
+    files: list[str] = Field(min_length=1)
+    """Paths and glob patterns, relative to the working directory."""
+    format: Literal["auto", "jsonl", "text", "parquet"] = "auto"
+    """auto goes by the name: .jsonl, .json, .txt, .parquet; .gz and .zst are unpacked."""
+    text_field: str = Field(default="text", min_length=1)
+    """The field (JSONL) or column (Parquet) that holds a document's text."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of training samples, relative to the other corpora's weights."""
+
+
+Corpus = Annotated[BuiltinCorpus | FilesCorpus, Field(discriminator="source")]
+
+
+class Data(Section):
+    """What is trained on."""
+
+    corpora: list[Corpus] = Field(min_length=1)
+    """One entry a corpus; their names differ."""
+    split: list[float] = Field(default=[96, 2, 2], min_length=3, max_length=3)
+    """Shares of each corpus's documents, in order, for training, validation and test."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of the order in which samples are drawn."""
+
+
+class Export(Section):
+    """The Hugging Face directory that comes out."""
+
+    dtype: Literal["source", "float32", "bfloat16"] = "source"
+    """source keeps the dtype that each tensor had in the model that was downloaded."""
+    max_shard_gigabytes: float = Field(default=5.0, gt=0)
+    """Largest safetensors file, in units of 10^9 bytes."""
+
+
+class Parity(Section):
+    """The two gates: after convert, which training waits for, and after export."""
+
+    texts: list[str] = Field(min_length=1)
+    """Texts whose logits are compared at every position, beside held-out documents."""
+    held_out_documents: int = Field(default=4, ge=0)
+    """How many documents of the test split are compared as well."""
+    max_tokens: int = Field(default=256, ge=2)
+    """Longer texts are cut to this many tokens."""
+    max_logit_difference: float = Field(default=1e-4, gt=0)
+    """Largest |difference| of two float32 logits that still passes."""
+
+
+class Config(Section):
+    """A run: everything that its results depend on."""
+
+    run: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """The run's name: a folder below results/runs."""
+    results: str = Field(default="results", min_length=1)
+    """Where everything is written."""
+    model: Model
+    data: Data
+    train: dict[str, object]
+    """Megatron's options by their own names, without the dashes (micro_batch_size: 4)."""
+    export: Export
+    parity: Parity

@@ -1,0 +1,90 @@
+"""What a stage command prints: a few lines for a person on the terminal, everything in the log.
+
+The libraries underneath (Megatron above all) print hundreds of lines. With `--log FILE` all of that
+goes to the file, and the terminal keeps what this project says through `logging`.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from megaqwen.errors import InputError
+
+LOGGER_NAME = "megaqwen"
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def stage_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the options that every stage command has."""
+    parser = argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="a run's resolved config.yaml, or any config file"
+    )
+    parser.add_argument(
+        "--log", type=Path, help="file for everything that is printed (default: the terminal)"
+    )
+    return parser
+
+
+def terminal_and_log(log: Path | None) -> TextIO:
+    """Send logging to the terminal and, with `log`, all other output of this process to that file.
+
+    Returns:
+        The terminal's stream, for a progress line that is rewritten in place.
+    """
+    terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(terminal)]
+    handlers[0].setFormatter(logging.Formatter("  %(message)s"))
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(log, "a", buffering=1, encoding="utf-8")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        handlers.append(logging.StreamHandler(stream))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.handlers = handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return terminal
+
+
+def run_command(
+    stage: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+) -> int:
+    """Parse the command line, run `stage`, and turn its end into one message and an exit code.
+
+    Returns:
+        0; 2 after an InputError; 130 after Ctrl-C; 1 after anything else, whose traceback goes
+        to the log.
+    """
+    arguments = parser.parse_args()
+    terminal = terminal_and_log(arguments.log)
+    logger = logging.getLogger(LOGGER_NAME)
+    try:
+        stage(arguments)
+    except InputError as error:
+        logger.error("error: %s", error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        logger.error("interrupted: nothing unfinished was kept under its final name")
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  the boundary: everything ends as one message
+        traceback.print_exc()
+        where = f" (traceback: {arguments.log})" if arguments.log else ""
+        logger.error("error: %s: %s%s", type(error).__name__, error, where)
+        return EXIT_FAILED
+    finally:
+        terminal.flush()
+    return 0

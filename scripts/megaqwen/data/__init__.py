@@ -1,0 +1,1 @@
+"""From corpora of text to Megatron's .bin and .idx."""

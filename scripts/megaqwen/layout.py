@@ -1,0 +1,87 @@
+"""Where everything lies, and what each stage reads of the config.
+
+Download, convert and preprocess are shared: they live under a key made from what determines them, so
+that runs with the same model or corpora do that work once. The other stages live under the run's name.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megaqwen.config import Config
+from megaqwen.provenance import digest
+
+# Raise a stage's number when its result for the same config changes: old results are then redone.
+RECIPE = {"download": 1, "convert": 1, "preprocess": 1, "train": 1, "export": 1, "parity": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The paths and stage configs of one run."""
+
+    config: Config
+
+    def stage_config(self, stage: str) -> dict[str, Any]:
+        """What determines a stage's result: the fields that it reads, and its upstream's digest.
+
+        Two configs with equal stage configs share the stage's result. Weights and the split are
+        training's: they do not change the tokens on disk.
+        """
+        config = self.config.model_dump(mode="json")
+        corpora = config["data"]["corpora"]
+        weights = [corpus.pop("weight") for corpus in corpora]
+        fields: dict[str, dict[str, Any]] = {
+            "download": {"model": config["model"]},
+            "convert": {"model": self.model_key},
+            "preprocess": {"model": self.model_key, "corpora": corpora},
+            "parity": {"parity": config["parity"]},
+            "train": {
+                "train": config["train"],
+                "weights": weights,
+                "split": config["data"]["split"],
+                "seed": config["data"]["seed"],
+            },
+            "export": {"export": config["export"]},
+            "report": config,
+        }
+        return {**fields[stage], "recipe": RECIPE.get(stage, 0)}
+
+    def stage_digest(self, stage: str) -> str:
+        """The digest of `stage_config`: the param by which Snakemake sees a change."""
+        return digest(self.stage_config(stage))
+
+    @cached_property
+    def model_key(self) -> str:
+        """The key of the downloaded model."""
+        return self.stage_digest("download")
+
+    @cached_property
+    def results(self) -> Path:
+        """The top of everything that is written."""
+        return Path(self.config.results)
+
+    @cached_property
+    def model(self) -> Path:
+        """Download's directory: `hf/` (the Hugging Face directory) and manifest.json."""
+        return self.results / "shared" / "models" / self.model_key
+
+    @cached_property
+    def megatron(self) -> Path:
+        """Convert's directory: `checkpoint/` (torch_dist) and manifest.json."""
+        return self.results / "shared" / "megatron" / self.stage_digest("convert")
+
+    @cached_property
+    def data(self) -> Path:
+        """Preprocess's directory: one .bin and .idx a corpus, and manifest.json."""
+        return self.results / "shared" / "data" / self.stage_digest("preprocess")
+
+    @cached_property
+    def run(self) -> Path:
+        """The run's directory."""
+        return self.results / "runs" / self.config.run
+
+    @cached_property
+    def checkpoints(self) -> Path:
+        """Training's checkpoints: another config of training never resumes from them."""
+        return self.run / "train" / "checkpoints" / self.stage_digest("train")

@@ -1,0 +1,211 @@
+"""Digests, atomic writes and the manifest that ends every stage.
+
+A manifest is the only output that a stage declares to Snakemake. It is written last, so a directory
+that has one is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST_FORMAT = 1
+RECORDED_PACKAGES = (
+    "snakemake",
+    "megatron-core",
+    "transformer-engine",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pydantic",
+)
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex, read in blocks."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path`, on the same filesystem, for what is not finished yet."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it either has all of `text` or is as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_sibling(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory under a temporary name; it takes its real name when the block ends well.
+
+    An earlier directory of that name is replaced. After an error nothing is left behind, and the
+    earlier directory is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f".{path.name}.partial-*"):
+        shutil.rmtree(abandoned)
+    partial = temporary_sibling(path)
+    partial.mkdir()
+    try:
+        yield partial
+        publish_directory(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """Give a finished directory its real name, replacing an earlier file, link or directory."""
+    earlier = path.with_name(f".{path.name}.earlier-{os.getpid()}")
+    if path.is_symlink() or path.exists():
+        path.replace(earlier)
+    partial.replace(path)
+    if earlier.is_symlink() or earlier.is_file():
+        earlier.unlink()
+    else:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file below `directory`, by relative path, in sorted order."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(directory)): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in files
+    }
+
+
+class StageRecord:
+    """What a stage did, gathered from its start and written as its manifest at its end."""
+
+    def __init__(self, stage: str, config: Mapping[str, Any]):
+        """Start the clock.
+
+        Args:
+            stage: The stage's name, as in `snakemake STAGE`.
+            config: The config fields that the stage reads; `digest(config)` is its config digest.
+        """
+        self.stage = stage
+        self.config = dict(config)
+        self.started = time.time()
+
+    def write(
+        self,
+        manifest: Path,
+        *,
+        inputs: Mapping[str, Path],
+        results: Mapping[str, Any],
+    ) -> None:
+        """Write the manifest, atomically.
+
+        Args:
+            manifest: Where to write it.
+            inputs: The small files (manifests) that the stage started from; their digests go in.
+            results: The stage's own facts: paths relative to the manifest, counts, figures.
+        """
+        finished = time.time()
+        write_json(
+            manifest,
+            {
+                "format": MANIFEST_FORMAT,
+                "stage": self.stage,
+                "config": self.config,
+                "config_digest": digest(self.config),
+                "inputs": {
+                    name: {"path": str(path), "sha256": sha256_file(path)}
+                    for name, path in inputs.items()
+                },
+                "results": dict(results),
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "versions": installed_versions(),
+                "git": git_state(),
+                "host": socket.gethostname(),
+                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+                "started": iso_time(self.started),
+                "finished": iso_time(finished),
+                "seconds": round(finished - self.started, 3),
+                "peak_memory_bytes": peak_memory_bytes(),
+            },
+        )
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since the epoch as UTC in ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set, in bytes, of this process or of one child that it waited for."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(own, child) * 1024
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit of this repository and whether tracked files differ from it; None outside git."""
+    repository = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(repository), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None
