@@ -13,7 +13,15 @@ from megaqwen.config import Config
 from megaqwen.provenance import digest
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
-RECIPE = {"download": 1, "convert": 1, "preprocess": 1, "train": 1, "export": 1, "parity": 1}
+RECIPE = {
+    "download": 1,
+    "convert": 1,
+    "preprocess": 1,
+    "parity": 1,
+    "train": 1,
+    "export": 1,
+    "report": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +37,27 @@ class Layout:
         training's: they do not change the tokens on disk.
         """
         config = self.config.model_dump(mode="json")
-        corpora = config["data"]["corpora"]
-        weights = [corpus.pop("weight") for corpus in corpora]
-        fields: dict[str, dict[str, Any]] = {
-            "download": {"model": config["model"]},
-            "convert": {"model": self.model_key},
-            "preprocess": {"model": self.model_key, "corpora": corpora},
-            "parity": {"parity": config["parity"]},
-            "train": {
-                "train": config["train"],
-                "weights": weights,
-                "split": config["data"]["split"],
-                "seed": config["data"]["seed"],
-            },
-            "export": {"export": config["export"]},
-            "report": config,
-        }
-        return {**fields[stage], "recipe": RECIPE.get(stage, 0)}
+        data = config["data"]
+        weights = {corpus["name"]: corpus.pop("weight") for corpus in data["corpora"]}
+        match stage:
+            case "download":
+                fields = {"model": config["model"]}
+            case "convert":
+                fields = {"model": self.model_key}
+            case "preprocess":
+                fields = {"model": self.model_key, "corpora": data["corpora"]}
+            case "parity":
+                fields = {"parity": config["parity"]}
+            case "train":
+                order = {"weights": weights, "split": data["split"], "seed": data["seed"]}
+                fields = {"train": config["train"], **order}
+            case "export":
+                fields = {"export": config["export"]}
+            case "report":
+                fields = config
+            case _:
+                raise ValueError(f"no stage {stage!r}")
+        return {**fields, "recipe": RECIPE[stage]}
 
     def stage_digest(self, stage: str) -> str:
         """The digest of `stage_config`: the param by which Snakemake sees a change."""
