@@ -1,0 +1,25 @@
+"""Fixtures that several rooms' tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, architecture: str) -> Path:
+    from megaqwen.sources.tiny import write_tiny_model
+
+    directory = tmp_path_factory.mktemp(f"tiny-{architecture}")
+    write_tiny_model(directory, architecture, seed=1234)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face directory of the tiny Qwen3; read it, never write to it."""
+    return tiny_model(tmp_path_factory, "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face directory of the tiny Qwen2.5; read it, never write to it."""
+    return tiny_model(tmp_path_factory, "qwen2")
