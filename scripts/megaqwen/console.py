@@ -35,15 +35,21 @@ def stage_parser(docstring: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def terminal_and_log(log: Path | None) -> TextIO:
+def terminal_and_log(log: Path | None, *, quiet: bool = False) -> TextIO:
     """Send logging to the terminal and, with `log`, all other output of this process to that file.
+
+    Args:
+        log: The file; None leaves other output on the terminal.
+        quiet: Only the log gets what is logged: of many ranks one speaks.
 
     Returns:
         The terminal's stream, for a progress line that is rewritten in place.
     """
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
-    handlers: list[logging.Handler] = [logging.StreamHandler(terminal)]
-    handlers[0].setFormatter(logging.Formatter("  %(message)s"))
+    handlers: list[logging.Handler] = []
+    if not quiet:
+        handlers.append(logging.StreamHandler(terminal))
+        handlers[0].setFormatter(logging.Formatter("  %(message)s"))
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = open(log, "a", buffering=1, encoding="utf-8")
@@ -52,7 +58,7 @@ def terminal_and_log(log: Path | None) -> TextIO:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         handlers.append(logging.StreamHandler(stream))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(LOGGER_NAME)
     logger.handlers = handlers
     logger.setLevel(logging.INFO)
@@ -61,16 +67,28 @@ def terminal_and_log(log: Path | None) -> TextIO:
 
 
 def run_command(
-    stage: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+    stage: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    *,
+    quiet: bool = False,
+    log_suffix: str = "",
 ) -> int:
     """Parse the command line, run `stage`, and turn its end into one message and an exit code.
+
+    Args:
+        stage: Given the parsed arguments, to which `terminal` (the terminal's stream) is added.
+        parser: From `stage_parser`.
+        quiet: Write nothing to the terminal.
+        log_suffix: Added to the log's name, for a process of many.
 
     Returns:
         0; 2 after an InputError; 130 after Ctrl-C; 1 after anything else, whose traceback goes
         to the log.
     """
     arguments = parser.parse_args()
-    terminal = terminal_and_log(arguments.log)
+    if arguments.log and log_suffix:
+        arguments.log = arguments.log.with_name(f"{arguments.log.name}.{log_suffix}")
+    terminal = arguments.terminal = terminal_and_log(arguments.log, quiet=quiet)
     logger = logging.getLogger(LOGGER_NAME)
     try:
         stage(arguments)

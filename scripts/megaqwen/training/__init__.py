@@ -1,0 +1,1 @@
+"""Megatron's own training loop over a converted Qwen, on GPUs or emulated on a CPU."""

@@ -1,0 +1,90 @@
+"""Megatron's command line for a run: the config's options, the model's, and what we manage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaqwen.architecture import megatron_options
+from megaqwen.config import Config
+from megaqwen.config.megatron_options import to_arguments
+from megaqwen.errors import InputError
+
+# Without a GPU: Megatron's own settings for the local implementation over gloo.
+CPU_OPTIONS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+}
+# With one: Transformer Engine over NCCL.
+GPU_OPTIONS: dict[str, Any] = {"distributed_backend": "nccl", "transformer_impl": "transformer_engine"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPaths:
+    """The directories of one training."""
+
+    pretrained: Path
+    """Convert's torch_dist checkpoint: where the weights come from at the first start."""
+    checkpoints: Path
+    """Where training saves, and resumes from."""
+    tensorboard: Path
+
+
+def training_options(
+    config: Config, hf_config: Mapping[str, Any], paths: RunPaths, *, gpu: bool
+) -> dict[str, Any]:
+    """All options by their argparse dests.
+
+    Raises:
+        InputError: The config asks for something that a machine without a GPU cannot do.
+    """
+    chosen = dict(config.train)
+    managed = {
+        "save": str(paths.checkpoints),
+        "load": str(paths.checkpoints),
+        "pretrained_checkpoint": str(paths.pretrained),
+        "tensorboard_dir": str(paths.tensorboard),
+        "ckpt_format": "torch_dist",
+        "dist_ckpt_optim_fully_reshardable": True,
+        # The text is tokenized already: Megatron's own tokenizer is never asked.
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": hf_config["vocab_size"],
+        "create_attention_mask_in_dataloader": False,
+        "exit_signal_handler": True,
+    }
+    options = {
+        **megatron_options(hf_config, chosen.get("tensor_model_parallel_size", 1)),
+        **(GPU_OPTIONS if gpu else cpu_options(chosen)),
+        **chosen,
+        **managed,
+    }
+    return options
+
+
+def cpu_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a machine without a GPU needs; InputError where the config contradicts it."""
+    for name, value in CPU_OPTIONS.items():
+        if name in chosen and chosen[name] != value:
+            raise InputError(
+                f"train.{name} is {chosen[name]!r}, but this machine has no GPU and Megatron then "
+                f"needs {value!r}: leave the option out, it is set to what the machine can do"
+            )
+    options = dict(CPU_OPTIONS)
+    if chosen.get("pipeline_model_parallel_size", 1) > 1:
+        # Over gloo, virtual stages with batched sends run and are silently wrong.
+        options |= {"overlap_p2p_comm": True}
+    return options
+
+
+def training_arguments(
+    config: Config, hf_config: Mapping[str, Any], paths: RunPaths, *, gpu: bool
+) -> list[str]:
+    """`training_options` as the words of a command line."""
+    return to_arguments(training_options(config, hf_config, paths, gpu=gpu))

@@ -1,0 +1,151 @@
+"""What training measures: metrics.jsonl, and one live line for a person.
+
+Megatron writes each figure to its TensorBoard writer on the last rank. `MetricsWriter` stands in front of
+that writer: it passes everything on and gathers the figures of an iteration into one record.
+"""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger("megaqwen.training")
+
+# Megatron's TensorBoard tag -> the name in metrics.jsonl.
+NAMES = {
+    "lm loss": "loss",
+    "learning-rate": "learning_rate",
+    "grad-norm": "gradient_norm",
+    "lm loss validation": "validation_loss",
+    "lm loss test": "test_loss",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s or 2h07m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class MetricsWriter:
+    """A TensorBoard writer that also writes metrics.jsonl and the live line."""
+
+    def __init__(
+        self,
+        tensorboard: Any,
+        *,
+        file: Path,
+        terminal: TextIO,
+        iterations: int,
+        tokens_per_iteration: int,
+        ranks: int,
+        first_iteration: int,
+    ):
+        """Stand in front of a writer.
+
+        Args:
+            tensorboard: The writer that Megatron made.
+            file: metrics.jsonl; records are appended.
+            terminal: Where the live line goes; rewritten in place on a terminal.
+            iterations: The iteration at which training ends.
+            tokens_per_iteration: Global batch size times sequence length.
+            ranks: World size, by which throughput is divided.
+            first_iteration: The iteration that a resumed training starts after.
+        """
+        self.tensorboard = tensorboard
+        self.file = file
+        self.terminal = terminal
+        self.iterations = iterations
+        self.tokens_per_iteration = tokens_per_iteration
+        self.ranks = ranks
+        self.first_iteration = first_iteration
+        self.pending: dict[str, float] = {}
+        self.last_step = time.monotonic()
+        self.seconds_per_iteration = math.nan
+        self.live_line_open = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the wrapped writer's."""
+        return getattr(self.tensorboard, name)
+
+    def add_scalar(self, tag: str, value: Any, iteration: int, *rest: Any) -> None:
+        """Pass a figure on, and keep those that metrics.jsonl names."""
+        self.tensorboard.add_scalar(tag, value, iteration, *rest)
+        if tag in ("lm loss validation", "lm loss test"):
+            self.append({"iteration": iteration, NAMES[tag]: float(value)})
+            self.say(f"iteration {iteration}: {tag.removeprefix('lm loss ')} loss {value:.4f}")
+            self.last_step = time.monotonic()
+        elif tag in NAMES:
+            self.pending[NAMES[tag]] = float(value)
+
+    def end_iteration(self, iteration: int) -> None:
+        """Write the iteration's record and its live line."""
+        now = time.monotonic()
+        seconds, self.last_step = now - self.last_step, now
+        # The first iteration after a start also warms up: it would spoil the time left.
+        if iteration > self.first_iteration + 1:
+            average = self.seconds_per_iteration
+            self.seconds_per_iteration = (
+                seconds if math.isnan(average) else 0.9 * average + 0.1 * seconds
+            )
+        tokens_per_second = self.tokens_per_iteration / seconds
+        record = {
+            "iteration": iteration,
+            **self.pending,
+            "tokens": iteration * self.tokens_per_iteration,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "tokens_per_second_per_rank": round(tokens_per_second / self.ranks, 1),
+        }
+        self.append(record)
+        left = (self.iterations - iteration) * self.seconds_per_iteration
+        time_left = "" if math.isnan(left) else f"  {duration(left)} left"
+        self.live(
+            f"iteration {iteration}/{self.iterations}  loss {self.pending.get('loss', math.nan):.4f}"
+            f"  {tokens_per_second:,.0f} tokens/s{time_left}",
+            last=iteration == self.iterations,
+            iteration=iteration,
+        )
+        self.pending = {}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def live(self, text: str, *, last: bool, iteration: int) -> None:
+        """Show the live line: rewritten on a terminal; elsewhere about twenty lines a training."""
+        if self.terminal.isatty():
+            self.terminal.write(f"\r\033[K  {text}" + ("\n" if last else ""))
+            self.live_line_open = not last
+        elif last or iteration % max(1, self.iterations // 20) == 0:
+            self.terminal.write(f"  {text}\n")
+        self.terminal.flush()
+
+    def say(self, text: str) -> None:
+        """Log a line below the live line."""
+        if self.live_line_open:
+            self.terminal.write("\n")
+            self.live_line_open = False
+        logger.info(text)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in order of iteration; a resumed iteration's last record counts.
+
+    A line that a kill cut short is left out.
+    """
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records[record["iteration"], "loss" in record] = record
+    return [records[key] for key in sorted(records, key=lambda key: (key[0], not key[1]))]

@@ -1,0 +1,65 @@
+"""Megatron's GPTModel for Qwen, built one way for training and for parity.
+
+megatron-core 0.19.2 prints that GPTModel is deprecated in favour of HybridModel: what that change will
+touch is this file.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with a weight that Megatron knows to be sequence parallel.
+
+    Megatron's own wrapper of it refuses sequence parallelism. All that is missing is the mark by which
+    `finalize_model_grads` sums the weight's gradient over the tensor parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def replace_norms(spec: Any, visited: set[int] | None = None) -> None:
+    """Put `RMSNorm` wherever a spec names Megatron's torch norm, in place, at any depth."""
+    visited = set() if visited is None else visited
+    if id(spec) in visited or isinstance(spec, type) or not hasattr(spec, "__dict__"):
+        return
+    visited.add(id(spec))
+    for name, value in vars(spec).items():
+        if value is WrappedTorchNorm:
+            setattr(spec, name, RMSNorm)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                replace_norms(item, visited)
+        else:
+            replace_norms(value, visited)
+
+
+def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec:
+    """The decoder's block spec: Transformer Engine's layers, or local ones with our norm."""
+    transformer = config.transformer
+    spec = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
+    )
+    if transformer.transformer_impl == "local":
+        replace_norms(spec)
+    return spec
+
+
+def model_config(arguments: Namespace) -> GPTModelConfig:
+    """The model that Megatron's validated arguments describe."""
+    config = gpt_config_from_args(arguments)
+    config.transformer_layer_spec = layer_spec
+    return config

@@ -1,0 +1,68 @@
+"""What can be known to be wrong with a training before torch is imported."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megaqwen.config import Config, load_config
+from megaqwen.config.checks import check_model_fits
+from megaqwen.errors import InputError
+from megaqwen.layout import Layout
+from megaqwen.provenance import StageRecord, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A training whose input was checked."""
+
+    config: Config
+    hf_config: dict[str, Any]
+    """The model's config.json."""
+    data: dict[str, Any]
+    """The results in preprocess's manifest."""
+    model: Path
+    checkpoint: Path
+    data_directory: Path
+    output: Path
+    checkpoints: Path
+    """Where this config of training saves: another one never resumes from it."""
+    terminal: TextIO
+    record: StageRecord
+
+
+def check_run(arguments: argparse.Namespace) -> TrainingRun:
+    """The run that the command line names.
+
+    Raises:
+        InputError: The layout does not fit the model or the ranks, or an input is not there.
+    """
+    config = load_config(arguments.config)
+    layout = Layout(config=config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    hf_config = read_json(existing(arguments.model / "config.json", "download"))
+    data = read_json(existing(arguments.data / "manifest.json", "preprocess"))
+    existing(arguments.checkpoint / "latest_checkpointed_iteration.txt", "convert")
+    mistakes = check_model_fits(config, hf_config, world_size)
+    if mistakes:
+        raise InputError("\n  ".join(["this training does not fit:", *mistakes]))
+    return TrainingRun(
+        config=config,
+        hf_config=hf_config,
+        data=data["results"],
+        model=arguments.model,
+        checkpoint=arguments.checkpoint,
+        data_directory=arguments.data,
+        output=arguments.output,
+        checkpoints=arguments.output / "checkpoints" / layout.stage_digest("train"),
+        terminal=arguments.terminal,
+        record=StageRecord("train", layout.stage_config("train")),
+    )
+
+
+def existing(path: Path, stage: str) -> Path:
+    """`path`, or an InputError that names the stage which makes it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run the stage that makes it (snakemake {stage})")
+    return path

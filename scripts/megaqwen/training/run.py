@@ -1,0 +1,190 @@
+"""The training itself: Megatron's `pretrain` with our model, data and metrics around it."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaqwen.training import cpu_emulation
+
+if cpu_emulation.available():
+    cpu_emulation.install()
+
+from megatron.core.enums import ModelType  # noqa: E402  the emulation comes first
+from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain  # noqa: E402
+from megatron.training import training as megatron_training  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from megaqwen.provenance import peak_memory_bytes  # noqa: E402
+from megaqwen.training.arguments import RunPaths, training_arguments  # noqa: E402
+from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider  # noqa: E402
+from megaqwen.training.forward import forward_step  # noqa: E402
+from megaqwen.training.metrics import MetricsWriter, read_metrics  # noqa: E402
+from megaqwen.training.model import model_config  # noqa: E402
+from megaqwen.training.preflight import TrainingRun  # noqa: E402
+
+logger = logging.getLogger("megaqwen.training")
+
+
+class StoppedEarly(Exception):
+    """Training was told to stop, saved, and is not done."""
+
+
+def pretrain_run(run: TrainingRun) -> None:
+    """Train from the last checkpoint, or from the converted weights, to the last iteration.
+
+    Raises:
+        StoppedEarly: A signal ended training; its checkpoint is saved.
+    """
+    gpu = not cpu_emulation.available()
+    if not gpu:
+        cpu_emulation.install_training()
+    paths = RunPaths(
+        pretrained=run.checkpoint, checkpoints=run.checkpoints, tensorboard=run.output / "tensorboard"
+    )
+    for directory in (paths.checkpoints, paths.tensorboard):
+        directory.mkdir(parents=True, exist_ok=True)
+    # Megatron has one entry for its options: the command line.
+    sys.argv = [sys.argv[0], *training_arguments(run.config, run.hf_config, paths, gpu=gpu)]
+    arguments = parse_and_validate_args()
+    resumed = saved_iteration(run.checkpoints)
+    watch_metrics(run, resumed)
+    say_start(run, arguments, resumed)
+    provider = dataset_provider(corpora(run))
+    container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
+    try:
+        pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as stop:
+        raise StoppedEarly(
+            f"stopped at iteration {get_args().iteration} of {arguments.train_iters} after saving: "
+            "the same command goes on from there"
+        ) from stop
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        finish(run)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def corpora(run: TrainingRun) -> Corpora:
+    """The run's corpora on disk, in the config's order."""
+    data = run.config.data
+    return Corpora(
+        prefixes=[run.data_directory / corpus.name for corpus in data.corpora],
+        weights=[corpus.weight for corpus in data.corpora],
+        split=data.split,
+        seed=data.seed,
+        cache=run.output / "cache",
+        tokenizer=EndOfDocument(
+            eod=run.data["end_of_document"], vocab_size=run.hf_config["vocab_size"]
+        ),
+    )
+
+
+def saved_iteration(checkpoints: Path) -> int:
+    """The iteration that training resumes after; 0 at the first start."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.is_file() else 0
+
+
+def watch_metrics(run: TrainingRun, resumed: int) -> None:
+    """Put our writer in front of Megatron's on the rank that has one, and follow its iterations."""
+    if get_tensorboard_writer() is None:
+        return
+    arguments = get_args()
+    writer = MetricsWriter(
+        get_tensorboard_writer(),
+        file=run.output / "metrics.jsonl",
+        terminal=run.terminal,
+        iterations=arguments.train_iters,
+        tokens_per_iteration=arguments.global_batch_size * arguments.seq_length,
+        ranks=arguments.world_size,
+        first_iteration=resumed,
+    )
+    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+    megatron_log = megatron_training.training_log
+
+    def training_log(*values: Any, **named: Any) -> Any:
+        result = megatron_log(*values, **named)
+        if not named.get("is_first_iteration"):
+            writer.end_iteration(values[3])
+        return result
+
+    megatron_training.training_log = training_log
+
+
+def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
+    """Say in words what is trained, over which ranks, and from where."""
+    layout = ", ".join(
+        f"{name} {size}"
+        for name, size in (
+            ("tensor", arguments.tensor_model_parallel_size),
+            ("pipeline", arguments.pipeline_model_parallel_size),
+            ("context", arguments.context_parallel_size),
+            ("data", arguments.data_parallel_size),
+        )
+        if size > 1
+    )
+    device = "CPU" if cpu_emulation.available() else torch.cuda.get_device_name()
+    start = f"resuming after iteration {resumed}" if resumed else "from the converted weights"
+    logger.info(
+        "%s on %d %s rank%s (%s parallel), %s",
+        f"{arguments.train_iters} iterations of {arguments.global_batch_size} x {arguments.seq_length}"
+        f" tokens",
+        arguments.world_size,
+        device,
+        "s" if arguments.world_size > 1 else "",
+        layout or "not",
+        start,
+    )
+
+
+def finish(run: TrainingRun) -> None:
+    """Write the manifest: what was trained, the losses, and the unigram entropy to hold against it."""
+    records = read_metrics(run.output / "metrics.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    entropy = unigram_entropy(run)
+    arguments = get_args()
+    results = {
+        "iteration": arguments.iteration,
+        "checkpoints": os.path.relpath(run.checkpoints, run.output),
+        "tokens": arguments.iteration * arguments.global_batch_size * arguments.seq_length,
+        "world_size": arguments.world_size,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "validation_loss": validation[-1] if validation else None,
+        "unigram_entropy": entropy,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    run.record.write(
+        run.output / "manifest.json",
+        inputs={
+            "data": run.data_directory / "manifest.json",
+            "convert": run.checkpoint.parent / "manifest.json",
+        },
+        results=results,
+    )
+    logger.info(
+        "loss %.3f -> %.3f (unigram entropy of the corpus %.3f), validation %s nats per token",
+        losses[0],
+        losses[-1],
+        entropy,
+        f"{validation[-1]:.3f}" if validation else "not measured",
+    )
+
+
+def unigram_entropy(run: TrainingRun) -> float:
+    """Nats per token of the corpora's token frequencies, averaged by their weights.
+
+    A model that has learned no more than how frequent each token is has this loss.
+    """
+    weights = [corpus.weight for corpus in run.config.data.corpora]
+    entropies = [
+        run.data["corpora"][corpus.name]["unigram_entropy"] for corpus in run.config.data.corpora
+    ]
+    return sum(w * h for w, h in zip(weights, entropies, strict=True)) / sum(weights)

@@ -1,0 +1,48 @@
+"""One rank of training: Megatron's own `pretrain` over a converted Qwen checkpoint.
+
+Started once for each rank, by torchrun or by srun (scripts/launch.py does either):
+
+    torchrun --nproc-per-node 2 scripts/train.py --config results/runs/default/config.yaml \\
+        --model HF_DIRECTORY --checkpoint MEGATRON_CHECKPOINT --data DATA_DIRECTORY --output DIRECTORY
+
+The first start takes its weights from --checkpoint; later ones resume from DIRECTORY/checkpoints. The
+directory also gets metrics.jsonl, tensorboard/ and, when the last iteration is saved, manifest.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megaqwen.console import run_command, stage_parser
+from megaqwen.training.ranks import rank_from_environment
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = stage_parser(__doc__)
+    options.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    options.add_argument("--checkpoint", type=Path, required=True, help="convert's checkpoint")
+    options.add_argument("--data", type=Path, required=True, help="preprocess's directory")
+    options.add_argument("--output", type=Path, required=True, help="the run's train directory")
+    return options
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Everything but the command line; heavy imports wait until the input was checked."""
+    from megaqwen.training.preflight import check_run
+
+    run = check_run(arguments)
+    from megaqwen.training.run import pretrain_run
+
+    pretrain_run(run)
+
+
+def main() -> int:
+    """Run one rank; only the last rank, which knows the loss, speaks on the terminal."""
+    options = parser()
+    rank = rank_from_environment()
+    return run_command(train, options, quiet=not rank.speaks, log_suffix=f"rank{rank.rank}.log")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
