@@ -28,7 +28,7 @@ def builtin_documents() -> Iterator[str]:
 
 
 def module_docstrings(path: Path) -> list[str]:
-    """The docstrings of a module, its classes and functions that are long enough, in source order."""
+    """The docstrings, long enough, of a module, its classes and functions, in source order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):

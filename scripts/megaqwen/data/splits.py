@@ -1,0 +1,52 @@
+"""Which documents of a tokenized corpus are held out from training: Megatron's own arithmetic."""
+
+from decimal import Decimal
+from pathlib import Path
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+
+def split_argument(split: list[float]) -> str:
+    """The value of Megatron's --split, such as 96,2,2.
+
+    Written without exponents, which Megatron's parser takes for two numbers.
+    """
+    return ",".join(format(Decimal(repr(share)), "f") for share in split)
+
+
+def split_documents(documents: int, split: list[float]) -> list[range]:
+    """The document indices of the training, validation and test share.
+
+    As in BlendedMegatronDatasetBuilder: each bound is rounded to the nearest document (half to
+    even), so that a small corpus may have empty shares.
+
+    Args:
+        documents: How many documents the corpus has.
+        split: Shares for training, validation and test, of any sum.
+    """
+    shares = parse_and_normalize_split(split_argument(split))
+    bounds = convert_split_vector_to_split_matrix(shares)
+    return [
+        range(round(bound[0] * float(documents)), round(bound[1] * float(documents)))
+        if bound
+        else range(0)
+        for bound in bounds
+    ]
+
+
+def heldout_documents(prefix: Path, split: list[float], count: int) -> list[list[int]]:
+    """Token ids of the first documents of the test share, without their end-of-document token.
+
+    Args:
+        prefix: Path of the corpus's .bin and .idx, without the extension.
+        split: Shares for training, validation and test.
+        count: How many; fewer come where the test share has fewer.
+    """
+    dataset = IndexedDataset(str(prefix))
+    test = split_documents(len(dataset), split)[Split.test.value]
+    return [dataset[index][:-1].tolist() for index in test[:count]]

@@ -1,0 +1,124 @@
+"""A model's own tokenizer, set up for documents that are trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from megaqwen.errors import InputError
+from megaqwen.provenance import read_json, sha256_file
+
+END_OF_DOCUMENT = "<|endoftext|>"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
+
+class DocumentTokenizer:
+    """Encodes documents in batches, each one ended by the end-of-document token.
+
+    Text is only ever text: where a document has the characters of a special token, such as
+    <|im_end|>, they are split like other characters. Tokens that the vocabulary adds without
+    calling them special (<think>, <tool_call>) are encoded as themselves.
+
+    The end of a document is <|endoftext|>, whatever the tokenizer calls its eos_token: Instruct
+    models name <|im_end|> there, which ends a turn of a conversation.
+    """
+
+    def __init__(self, model: Path):
+        """Load the tokenizer of a Hugging Face directory, without the network.
+
+        Raises:
+            InputError: No fast tokenizer there, no <|endoftext|> in it, or ids that the model's
+                embedding does not have.
+        """
+        self.model = model
+        self.vocabulary_size = model_vocabulary_size(model)
+        self.tokenizer = load_tokenizer(model)
+        self.backend: Tokenizer = self.tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # the backend's name for: as text, not as tokens
+        self.end_of_document = self.check_vocabulary()
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[numpy.int32]]:
+        """The token ids of each document, with the end of document last; all cores work on it."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [numpy.array([*each.ids, self.end_of_document], numpy.int32) for each in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest keeps: class, files with digests, vocabulary size, end of document."""
+        files = [name for name in TOKENIZER_FILES if (self.model / name).is_file()]
+        return {
+            "class": type(self.tokenizer).__name__,
+            "files": {name: sha256_file(self.model / name) for name in files},
+            "vocabulary_size": self.vocabulary_size,
+            "end_of_document": {"token": END_OF_DOCUMENT, "id": self.end_of_document},
+        }
+
+    def check_vocabulary(self) -> int:
+        """The id of the end of document, after making sure of what the class promises."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        if END_OF_DOCUMENT not in vocabulary:
+            raise InputError(
+                f"{self.model}: its vocabulary has no {END_OF_DOCUMENT}, which ends a document of "
+                "every Qwen model: is this a Qwen tokenizer?"
+            )
+        token, largest = max(vocabulary.items(), key=lambda item: item[1])
+        if largest >= self.vocabulary_size:
+            raise InputError(
+                f"{self.model}: the tokenizer's token {token!r} has the id {largest}, but "
+                f"config.json gives the model a vocabulary of {self.vocabulary_size}: "
+                "they do not fit together"
+            )
+        for index, added in self.backend.get_added_tokens_decoder().items():
+            encoded = self.backend.encode(added.content, add_special_tokens=False)
+            if (added.special or added.content == END_OF_DOCUMENT) and index in encoded.ids:
+                raise InputError(
+                    f"{self.model}: the text {added.content!r} in a document would become the "
+                    "special token itself: mark it as special in tokenizer.json"
+                )
+        return int(vocabulary[END_OF_DOCUMENT])
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The fast tokenizer that transformers finds in a directory."""
+    if not any((model / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise InputError(f"{model}: no tokenizer.json and no vocab.json: a tokenizer is missing")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as error:  # damaged files end in exceptions of every kind
+        raise InputError(f"{model}: its tokenizer cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{model}: {type(tokenizer).__name__} is not a fast tokenizer: "
+            "a tokenizer.json is needed"
+        )
+    return tokenizer
+
+
+def model_vocabulary_size(model: Path) -> int:
+    """`vocab_size` of a model's config.json: the rows of its embedding."""
+    path = model / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file: a Hugging Face model directory has one")
+    try:
+        size = read_json(path)["vocab_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no vocab_size can be read from it: {error}") from error
+    if type(size) is not int or size < 1:
+        raise InputError(f"{path}: vocab_size is {size!r}: a positive number is expected")
+    return size
