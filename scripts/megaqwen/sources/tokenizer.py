@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -44,9 +45,10 @@ def train_tokenizer(max_positions: int) -> Qwen2Tokenizer:
     vocabulary = bpe["vocab"]
     for token in SPECIAL_TOKENS:
         vocabulary[token] = len(vocabulary)
+    merges: Any = [tuple(merge) for merge in bpe["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=[tuple(merge) for merge in bpe["merges"]],
+        merges=merges,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
