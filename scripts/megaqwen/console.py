@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from megaqwen.errors import InputError
+from megaqwen.errors import InputError, is_disk_full
 
 LOGGER_NAME = "megaqwen"
 EXIT_FAILED = 1
@@ -27,7 +27,10 @@ def stage_parser(docstring: str | None) -> argparse.ArgumentParser:
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", type=Path, required=True, help="a run's resolved config.yaml, or any config file"
+        "--config",
+        type=Path,
+        required=True,
+        help="a run's resolved config.yaml, or any config file",
     )
     parser.add_argument(
         "--log", type=Path, help="file for everything that is printed (default: the terminal)"
@@ -82,8 +85,8 @@ def run_command(
         log_suffix: Added to the log's name, for a process of many.
 
     Returns:
-        0; 2 after an InputError; 130 after Ctrl-C; 1 after anything else, whose traceback goes
-        to the log.
+        0; 2 after an InputError or on a full disk; 130 after Ctrl-C; 1 after anything else, whose
+        traceback goes to the log.
     """
     arguments = parser.parse_args()
     if arguments.log and log_suffix:
@@ -99,6 +102,9 @@ def run_command(
         logger.error("interrupted: nothing unfinished was kept under its final name")
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  the boundary: everything ends as one message
+        if is_disk_full(error):
+            logger.error("error: the disk is full (%s): free some space, and run it again", error)
+            return EXIT_BAD_INPUT
         traceback.print_exc()
         where = f" (traceback: {arguments.log})" if arguments.log else ""
         logger.error("error: %s: %s%s", type(error).__name__, error, where)

@@ -1,4 +1,6 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the one accident that any stage can meet."""
+
+import errno
 
 
 class InputError(Exception):
@@ -6,3 +8,17 @@ class InputError(Exception):
 
     A stage command prints its message alone, without a traceback, and exits with 2.
     """
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk or an exhausted quota.
+
+    Libraries written in Rust (safetensors, tokenizers) say so in their message only.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
