@@ -50,11 +50,11 @@ def megatron_options(hf_config: Mapping[str, Any], tensor_parallel: int = 1) -> 
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of Megatron's embedding: the smallest multiple of `tensor_parallel` not below `vocab_size`.
+    """Rows of Megatron's embedding: the smallest multiple of `tensor_parallel` that holds them all.
 
-    Qwen's vocabularies are multiples of 128, so that none of the usual sizes pads them and the softmax
-    runs over the rows that transformers has, and no others. Rows beyond `vocab_size` hold zeros; the
-    export leaves them out.
+    Qwen's vocabularies are multiples of 128, so that none of the usual sizes pads them: the softmax
+    then runs over the rows that transformers has, and no others. Rows beyond `vocab_size` start as
+    zeros, and the export leaves them out.
     """
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 

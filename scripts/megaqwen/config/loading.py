@@ -1,30 +1,21 @@
 """From YAML files to a validated Config, with every mistake reported in one pass."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from megaqwen.config.sections import Config
-from megaqwen.errors import InputError
+from megaqwen.config.checks import model_mistakes
+from megaqwen.config.combinations import data_mistakes, train_mistakes
+from megaqwen.config.megatron_options import validate_train_options
+from megaqwen.config.mistakes import Mistake, mistakes_of
+from megaqwen.config.reading import ConfigError, read_yaml, scalar
+from megaqwen.config.sections import Config, TinyModel
+from megaqwen.sources.tiny_shapes import tiny_hf_config
 
 DEFAULT_CONFIG = Path("config/config.yaml")
-
-
-class ConfigError(InputError):
-    """All mistakes of a config, one a line."""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; ConfigError where there is no such file or no mapping in it."""
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}: run in the repository's top folder")
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a mapping of sections is expected")
-    return value
 
 
 def merge_overlay(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,12 +40,35 @@ def merge_overlay(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[s
     return merged
 
 
-def validate_config(values: Mapping[str, Any]) -> Config:
-    """The Config of a merged mapping; ConfigError with all mistakes at once."""
+def examine(values: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
+    """The Config of a merged mapping, or None, and all mistakes."""
+    values = plain(values)
+    mistakes: list[Mistake] = []
+    train = values.get("train")
+    if isinstance(train, Mapping):
+        canonical, mistakes = validate_train_options(train)
+        mistakes += train_mistakes(canonical)
+        values |= {"train": canonical}
+    mistakes = data_mistakes(values) + mistakes
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(str(error)) from error
+        return None, mistakes_of(error, Config.model_json_schema()) + mistakes
+    if not mistakes and isinstance(config.model, TinyModel):
+        mistakes = model_mistakes(config, tiny_hf_config(config.model.architecture), None)
+    return config, mistakes
+
+
+def validate_config(values: Mapping[str, Any]) -> Config:
+    """The Config of a merged mapping, `train` in canonical form; ConfigError with all mistakes.
+
+    A tiny model's shape is known without files, so that what does not fit it is a mistake here.
+    """
+    config, mistakes = examine(values)
+    if config is None or mistakes:
+        count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise ConfigError("\n    ".join([f"the config has {count}:", *map(str, mistakes)]))
+    return config
 
 
 def load_config(path: Path, overlay: Mapping[str, Any] | None = None) -> Config:
@@ -64,4 +78,48 @@ def load_config(path: Path, overlay: Mapping[str, Any] | None = None) -> Config:
         path: The base file.
         overlay: What Snakemake gathered from `--configfile` and `--config`.
     """
-    return validate_config(merge_overlay(read_yaml(path), overlay or {}))
+    base = read_yaml(path)
+    overlay = plain(overlay or {})
+    _, mistakes = examine(merge_overlay(base, overlay))
+    if mistakes and overlay:
+        overlay = mend_types(overlay, mistakes)
+    return validate_config(merge_overlay(base, overlay))
+
+
+def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Any]:
+    """`overlay` with texts as the numbers that they write, and the reverse, where that was wrong.
+
+    Snakemake reads `--config train='{lr: 1e-3}'` without types, its configfiles with YAML 1.1's, and
+    `--config run=7` as a number.
+    """
+    overlay = copy.deepcopy(overlay)
+    for mistake in mistakes:
+        inside = overlay
+        *parents, key = mistake.path or ("",)
+        try:
+            for step in parents:
+                inside = inside[step]  # type: ignore[index]
+            inside[key] = mended(inside[key], mistake.wants_text)  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            continue  # the base file has that value, not the overlay
+    return overlay
+
+
+def mended(value: Any, wants_text: bool) -> Any:
+    """A value of the other type that it may have been meant as."""
+    if isinstance(value, list):
+        return [mended(item, wants_text) for item in value]
+    if isinstance(value, str) and not wants_text:
+        return scalar(value)
+    if wants_text and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def plain(values: Any) -> Any:
+    """Dicts, lists and scalars only: Snakemake's mappings and sequences have types of their own."""
+    if isinstance(values, Mapping):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [plain(value) for value in values]
+    return values

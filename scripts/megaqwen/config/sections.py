@@ -13,7 +13,12 @@ class Section(BaseModel):
     """What all sections share."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
     )
 
 
@@ -82,7 +87,9 @@ class Data(Section):
 
     corpora: list[Corpus] = Field(min_length=1)
     """One entry a corpus; their names differ."""
-    split: list[float] = Field(default=[96, 2, 2], min_length=3, max_length=3)
+    split: list[Annotated[float, Field(ge=0)]] = Field(
+        default=[96, 2, 2], min_length=3, max_length=3
+    )
     """Shares of each corpus's documents, in order, for training, validation and test."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the order in which samples are drawn."""

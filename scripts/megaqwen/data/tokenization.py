@@ -72,7 +72,9 @@ class DocumentTokenizer:
     def check_vocabulary(self) -> int:
         """The id of the end of document, after making sure of what the class promises."""
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        if END_OF_DOCUMENT not in vocabulary:
+        own = self.model / "tokenizer.json"
+        own_id = Tokenizer.from_file(str(own)).token_to_id if own.is_file() else vocabulary.get
+        if own_id(END_OF_DOCUMENT) is None:  # where it is missing, transformers makes a new id
             raise InputError(
                 f"{self.model}: its vocabulary has no {END_OF_DOCUMENT}, which ends a document of "
                 "every Qwen model: is this a Qwen tokenizer?"

@@ -18,7 +18,7 @@ from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
 
 BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS = 2**22
 SECONDS_BETWEEN_REPORTS = 5.0
 SAMPLE_TOKENS = 40
 

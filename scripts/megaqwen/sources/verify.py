@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaqwen.architecture.qwen import read_architecture
 from megaqwen.errors import InputError
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes: what the safetensors library itself accepts
@@ -41,7 +41,7 @@ def verify_model_directory(directory: Path) -> ModelDirectory:
     """Check a model directory; InputError names the first thing that is wrong and what to do."""
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such model directory")
-    model_type = check_model_type(directory / "config.json")
+    model_type = check_architecture(directory / "config.json")
     shards = find_shards(directory)
     headers = {name: read_safetensors_header(directory / name) for name in sorted(shards)}
     for name, tensors in shards.items():
@@ -65,16 +65,13 @@ def verify_model_directory(directory: Path) -> ModelDirectory:
     )
 
 
-def check_model_type(config_file: Path) -> str:
-    """The model_type of a config.json; InputError where it cannot be read or is not supported."""
+def check_architecture(config_file: Path) -> str:
+    """The model_type of a config.json; InputError where it is not one that the bridge can carry."""
     config = read_json_object(config_file)
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise InputError(
-            f"{config_file}: model_type {model_type!r} is not supported;"
-            f" supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    return str(model_type)
+    try:
+        return read_architecture(config).model_type
+    except InputError as error:
+        raise InputError(f"{config_file.parent}: {error}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -109,6 +109,16 @@ class OneGenerator:
         yield torch.default_generator
 
 
+def rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """The CPU generator's state, whatever device is asked for."""
+    return torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Set the CPU generator's state, whatever device is named."""
+    torch.set_rng_state(state)
+
+
 DEVICE_PROPERTIES = SimpleNamespace(
     name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=0, uuid="cpu"
 )
@@ -124,13 +134,14 @@ def install() -> None:
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
+    cuda.device_count = lambda: 1
     cuda.set_device = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
     cuda.reset_peak_memory_stats = cuda.manual_seed_all = lambda *args, **kwargs: None
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.Stream = cuda.Event = Stream
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.get_rng_state = cuda.random.get_rng_state = rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda._lazy_call = lambda callback, **kwargs: callback()
     cuda.default_generators = OneGenerator()

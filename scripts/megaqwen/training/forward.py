@@ -40,7 +40,7 @@ def micro_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch
             torch.distributed.broadcast(
                 tensor, source, group=mpu.get_tensor_model_parallel_group()
             )
-    return get_batch_on_this_cp_rank(batch)
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
 
 
 def summed_loss(

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from megaqwen.training import cpu_emulation
 if cpu_emulation.available():
     cpu_emulation.install()
 
+from megatron.core.datasets import utils as dataset_utils  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402  the emulation comes first
 from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
+from megaqwen.errors import InputError  # noqa: E402
 from megaqwen.provenance import peak_memory_bytes  # noqa: E402
 from megaqwen.training.arguments import RunPaths, training_arguments  # noqa: E402
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider  # noqa: E402
@@ -46,11 +49,13 @@ def pretrain_run(run: TrainingRun) -> None:
     paths = RunPaths(
         pretrained=run.checkpoint, checkpoints=run.checkpoints, tensorboard=run.output / "tensorboard"
     )
+    # Megatron runs make in site-packages, where the wheel has the compiled helper and no Makefile.
+    dataset_utils.compile_helpers = lambda: None
     for directory in (paths.checkpoints, paths.tensorboard):
         directory.mkdir(parents=True, exist_ok=True)
     # Megatron has one entry for its options: the command line.
     sys.argv = [sys.argv[0], *training_arguments(run.config, run.hf_config, paths, gpu=gpu)]
-    arguments = parse_and_validate_args()
+    arguments = validated_arguments()
     resumed = saved_iteration(run.checkpoints)
     watch_metrics(run, resumed)
     say_start(run, arguments, resumed)
@@ -68,6 +73,16 @@ def pretrain_run(run: TrainingRun) -> None:
         finish(run)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def validated_arguments() -> Namespace:
+    """Megatron's arguments from sys.argv; what its own checks refuse is an InputError."""
+    # Megatron asks for it with tensor parallelism, so that communication overlaps computation.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    try:
+        return parse_and_validate_args()
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"Megatron refuses the options under train: {error}") from error
 
 
 def corpora(run: TrainingRun) -> Corpora:

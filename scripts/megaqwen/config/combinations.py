@@ -1,0 +1,174 @@
+"""Whether the values of a config go together, whatever the model and the number of ranks.
+
+Each mistake states the arithmetic and the nearest choice that works. Megatron asserts most of this
+too, but only after every rank has started.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megaqwen.config.mistakes import Mistake, shown
+
+Train = Mapping[str, Any]
+Found = Iterator[tuple[str, str]]
+
+AT_LEAST_ONE = """
+    seq_length micro_batch_size global_batch_size train_iters save_interval log_interval eval_interval
+    eval_micro_batch_size eval_global_batch_size tensor_model_parallel_size context_parallel_size
+    pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers recompute_num_layers
+    tensorboard_log_interval lr_decay_iters""".split()
+AT_LEAST_ZERO = """
+    lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters seed num_workers adam_beta1 adam_beta2
+    adam_eps""".split()
+VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+# What an option needs to be set as well.
+NEEDS = (
+    ("overlap_param_gather", "use_distributed_optimizer"),
+    ("overlap_param_gather", "overlap_grad_reduce"),
+    ("use_precision_aware_optimizer", "use_distributed_optimizer"),
+    ("fp16_lm_cross_entropy", "fp16"),
+    ("fp8_param_gather", "fp8"),
+    ("fp4_param_gather", "fp4"),
+    ("recompute_method", "recompute_granularity"),
+    ("recompute_num_layers", "recompute_method"),
+)
+EXCLUDE = (
+    ("fp16", "bf16"),
+    ("fp8", "fp4"),
+    ("lr_warmup_fraction", "lr_warmup_iters"),
+    ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
+    ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout"),
+)
+
+
+def data_mistakes(values: Mapping[str, Any]) -> list[Mistake]:
+    """What the data section's fields say against each other; wrong types are not ours to report."""
+    data = values.get("data")
+    if not isinstance(data, Mapping):
+        return []
+    mistakes = []
+    corpora = data.get("corpora")
+    first: dict[str, int] = {}
+    for index, corpus in enumerate(corpora if isinstance(corpora, list) else []):
+        name = corpus.get("name") if isinstance(corpus, Mapping) else None
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            text = f"{shown(name)} is also the name of data.corpora[{first[name]}]: names differ"
+            mistakes.append(Mistake(("data", "corpora", index, "name"), text))
+    split = data.get("split")
+    if isinstance(split, list) and len(split) == 3 and split[0] == 0:
+        text = "0 is given: training needs a share of the documents, as in [96, 2, 2]"
+        mistakes.append(Mistake(("data", "split", 0), text))
+    return mistakes
+
+
+def train_mistakes(train: Train) -> list[Mistake]:
+    """What Megatron's options say against each other, whatever the model and the ranks.
+
+    Args:
+        train: Options in canonical form; those that are missing or wrong are reported elsewhere.
+    """
+    found = [
+        *bound_mistakes(train),
+        *combination_mistakes(train),
+        *batch_mistakes(train),
+        *schedule_mistakes(train),
+        *parallel_mistakes(train),
+    ]
+    return [Mistake(("train", name), text) for name, text in found]
+
+
+def bound_mistakes(train: Train) -> Found:
+    """Sizes below 1 and amounts below 0."""
+    for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for name in names:
+            if name in train and train[name] < least:
+                yield name, f"{shown(train[name])} is given, at least {least} is allowed"
+
+
+def combination_mistakes(train: Train) -> Found:
+    """Options that need or exclude one another."""
+    for name, needed in NEEDS:
+        if train.get(name) and not train.get(needed):
+            yield name, f"needs train.{needed}: set that as well, or leave this out"
+    for name, other in EXCLUDE:
+        if train.get(name) and train.get(other):
+            yield name, f"cannot be set together with train.{other}: choose one"
+    if train.get("recompute_granularity") == "selective" and train.get("recompute_method"):
+        text = "is for recompute_granularity: full: leave it out, or name recompute_modules instead"
+        yield "recompute_method", text
+    how = [train.get("recompute_method"), train.get("recompute_num_layers")]
+    if train.get("recompute_granularity") == "full" and not all(how):
+        text = "full needs train.recompute_method (uniform or block) and train.recompute_num_layers"
+        yield "recompute_granularity", text
+
+
+def batch_mistakes(train: Train) -> Found:
+    """A global batch is a whole number of micro batches."""
+    for prefix in ("", "eval_"):
+        micro, whole = (
+            train.get(prefix + "micro_batch_size"),
+            train.get(prefix + "global_batch_size"),
+        )
+        if micro and whole and micro > 0 and whole > 0 and whole % micro:
+            text = f"{whole} is not a multiple of {prefix}micro_batch_size {micro}"
+            yield (
+                prefix + "global_batch_size",
+                f"{text}: {nearest_multiples(whole, micro)} would be",
+            )
+
+
+def schedule_mistakes(train: Train) -> Found:
+    """The learning rate's schedule, and when checkpoints are saved."""
+    lr, least = train.get("lr"), train.get("min_lr", 0.0)
+    if lr is not None and least > lr:
+        yield "min_lr", f"{least:g} is more than lr {lr:g}"
+    iterations, warmup = train.get("train_iters"), train.get("lr_warmup_iters", 0)
+    decay = train.get("lr_decay_iters", iterations)
+    if decay is not None and warmup >= decay > 0:
+        until = "lr_decay_iters" if "lr_decay_iters" in train else "train_iters"
+        yield "lr_warmup_iters", f"{warmup} is not less than {until} {decay}"
+    fraction = train.get("lr_warmup_fraction", 0.0)
+    if not 0 <= fraction < 1:
+        yield "lr_warmup_fraction", f"{fraction:g} is given, at least 0 and less than 1 is allowed"
+    if train.get("lr_decay_style") == "WSD" and "lr_wsd_decay_iters" not in train:
+        yield "lr_decay_style", "WSD needs train.lr_wsd_decay_iters: the length of its last phase"
+    kept, saved = train.get("save_retain_interval"), train.get("save_interval")
+    if kept is not None and saved and saved > 0 and (kept < 1 or kept % saved):
+        text = f"{kept} is not a multiple of save_interval {saved}"
+        yield "save_retain_interval", f"{text}: {nearest_multiples(max(kept, 1), saved)} would be"
+
+
+def parallel_mistakes(train: Train) -> Found:
+    """How the model is cut, as far as no model is needed to know."""
+    tensor = train.get("tensor_model_parallel_size", 1)
+    pipeline = train.get("pipeline_model_parallel_size", 1)
+    context, sequence = train.get("context_parallel_size", 1), train.get("seq_length", 0)
+    if min(tensor, pipeline, context) < 1 or sequence < 0:
+        return
+    if train.get("sequence_parallel") and tensor == 1:
+        text = "true needs train.tensor_model_parallel_size of 2 or more: with 1, leave it out"
+        yield "sequence_parallel", text
+    if train.get("sequence_parallel") and sequence % (tensor * context):
+        text = (
+            f"{sequence} is not a multiple of tensor parallel {tensor} x context parallel {context}"
+        )
+        near = nearest_multiples(sequence, tensor * context)
+        yield "seq_length", f"{text}, which sequence_parallel needs: {near} would be"
+    if context > 1 and sequence % (2 * context):
+        text = f"{sequence} is not a multiple of 2 x context_parallel_size {context}"
+        yield "seq_length", f"{text}: {nearest_multiples(sequence, 2 * context)} would be"
+    for name in VIRTUAL:
+        if name in train and pipeline == 1:
+            yield name, "needs train.pipeline_model_parallel_size of 2 or more"
+        elif name in train and pipeline == 2 and not train.get("overlap_p2p_comm", True):
+            text = "needs train.overlap_p2p_comm, or 3 or more pipeline stages"
+            yield name, text
+
+
+def nearest_multiples(number: int, of: int) -> str:
+    """The multiples of `of` around `number`, in words."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)

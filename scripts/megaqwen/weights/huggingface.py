@@ -1,0 +1,101 @@
+"""The tensors of a Hugging Face model directory: looked up in headers, read one at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megaqwen.architecture import Architecture, tensor_shapes
+from megaqwen.errors import InputError
+from megaqwen.sources.verify import find_shards, read_json_object, read_safetensors_header
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NAMED_AT_MOST = 5  # tensors in a message
+
+
+@dataclass(frozen=True)
+class HuggingFaceWeights:
+    """The weights of a model directory."""
+
+    directory: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        return read_json_object(self.directory / "config.json")
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+        """File and header entry (dtype, shape) of each tensor."""
+        files = [self.directory / name for name in sorted(find_shards(self.directory))]
+        return {
+            name: (path, entry)
+            for path in files
+            for name, entry in read_safetensors_header(path).items()
+        }
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each tensor."""
+        return {name: DTYPES[entry["dtype"]] for name, (_, entry) in self.entries.items()}
+
+    def check(self, qwen: Architecture) -> None:
+        """InputError unless the files hold exactly the tensors of this architecture."""
+        expected = tensor_shapes(qwen)
+        found = set(self.entries)
+        if qwen.tied_embeddings and HEAD in found:
+            self.check_tied_head()
+            found.discard(HEAD)
+        problems = {
+            "missing": sorted(expected.keys() - found),
+            "not part of the model that config.json describes": sorted(found - expected.keys()),
+        }
+        for what, names in problems.items():
+            if names:
+                raise InputError(f"{self.directory}: {listed(names)}: {what}")
+        for name, shape in expected.items():
+            path, entry = self.entries[name]
+            if tuple(entry["shape"]) != shape:
+                raise InputError(
+                    f"{path}: {name} has shape {entry['shape']}, but by config.json it is"
+                    f" {list(shape)}"
+                )
+            if entry["dtype"] not in DTYPES:
+                raise InputError(
+                    f"{path}: {name} has dtype {entry['dtype']};"
+                    f" supported: {', '.join(DTYPES)}. Give the model before quantization"
+                )
+
+    def shapes_of(self, transfers: Iterable[Transfer]) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors of a plan, by name."""
+        return {
+            name: shape
+            for transfer in transfers
+            for name, shape in zip(transfer.huggingface, transfer.shapes, strict=True)
+        }
+
+    def check_tied_head(self) -> None:
+        """InputError where config.json ties the output head, but the file's differs."""
+        if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
+            raise InputError(
+                f"{self.directory}: config.json says tie_word_embeddings, but {HEAD} differs from"
+                f" {EMBEDDING}: set it to false to keep both"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its dtype."""
+        with safe_open(self.entries[name][0], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def listed(names: list[str]) -> str:
+    """Names for a message: the first few, and how many there are."""
+    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+    return ", ".join(names[:NAMED_AT_MOST]) + more

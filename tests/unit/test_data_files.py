@@ -1,0 +1,108 @@
+"""Which files a corpus is made of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaqwen.config.sections import BuiltinCorpus, FilesCorpus
+from megaqwen.data.files import corpus_files, file_format
+from megaqwen.errors import InputError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def corpus(*files: str, **fields: str) -> FilesCorpus:
+    return FilesCorpus.model_validate(
+        {"source": "files", "name": "notes", "files": list(files), **fields}
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "deep/d.txt.gz", "odd[1].txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(*files: str) -> list[str]:
+    return [str(path) for path in corpus_files(corpus(*files))]
+
+
+def test_patterns_keep_the_order_of_the_config_and_matches_are_sorted() -> None:
+    assert names("deep/d.txt.gz", "*.jsonl") == ["deep/d.txt.gz", "a.jsonl", "b.jsonl"]
+
+
+def test_two_stars_match_folders_at_any_depth() -> None:
+    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
+
+
+def test_a_file_that_several_patterns_match_is_read_once() -> None:
+    assert names("b.jsonl", "*.jsonl") == ["b.jsonl", "a.jsonl"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern() -> None:
+    assert names("odd[1].txt") == ["odd[1].txt"]
+
+
+def test_absolute_paths_and_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert names(f"{folder}/a.*", "~/b.jsonl") == [f"{folder}/a.jsonl", f"{folder}/b.jsonl"]
+
+
+def test_the_builtin_corpus_has_no_files() -> None:
+    assert corpus_files(BuiltinCorpus(source="builtin", name="docs")) == []
+
+
+def test_a_pattern_that_matches_nothing_is_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"corpus notes: no file matches 'c\*\.jsonl'") as error:
+        corpus_files(corpus("*.jsonl", "c*.jsonl"))
+    assert str(folder) in str(error.value)
+
+
+def test_a_folder_is_refused_with_advice() -> None:
+    with pytest.raises(InputError, match=r"deep is a folder: .* deep/\*\*/\*\.jsonl"):
+        corpus_files(corpus("deep"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.json.gz", "jsonl"),
+        ("a.JSONL.ZST", "jsonl"),
+        ("a.b.txt", "text"),
+        ("a.txt.gz", "text"),
+        ("a.parquet", "parquet"),
+    ],
+)
+def test_auto_goes_by_the_name(name: str, expected: str) -> None:
+    assert file_format(Path(name), corpus(name)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a", "a.jsonl.bz2"])
+def test_an_unknown_extension_needs_a_format(name: str, folder: Path) -> None:
+    (folder / name).touch()
+    with pytest.raises(InputError, match=r"is unknown\. Known are \.jsonl, \.json, .*give the fo"):
+        corpus_files(corpus(name))
+    assert corpus_files(corpus(name, format="jsonl")) == [Path(name)]
+
+
+def test_a_compressed_parquet_file_is_refused(folder: Path) -> None:
+    (folder / "a.parquet.gz").touch()
+    with pytest.raises(InputError, match="Parquet compresses its own columns"):
+        corpus_files(corpus("a.parquet.gz"))
+
+
+def test_the_workflow_can_ask_without_heavy_imports() -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import megaqwen.data.files; "
+        "print({'numpy', 'pyarrow', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
