@@ -49,7 +49,7 @@ def training_options(
     managed = {
         "save": str(paths.checkpoints),
         "load": str(paths.checkpoints),
-        **({"pretrained_checkpoint": str(paths.pretrained)} if not __import__("os").environ.get("NOPRE") else {}),
+        "pretrained_checkpoint": str(paths.pretrained),
         "tensorboard_dir": str(paths.tensorboard),
         "ckpt_format": "torch_dist",
         "dist_ckpt_optim_fully_reshardable": True,

@@ -95,7 +95,7 @@ def corpora(run: TrainingRun) -> Corpora:
         seed=data.seed,
         cache=run.output / "cache",
         tokenizer=EndOfDocument(
-            eod=run.data["end_of_document"], vocab_size=run.hf_config["vocab_size"]
+            eod=run.data["tokenizer"]["end_of_document"]["id"], vocab_size=run.hf_config["vocab_size"]
         ),
     )
 

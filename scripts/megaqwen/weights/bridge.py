@@ -20,6 +20,8 @@ from megaqwen.weights.writing import write_checkpoint
 
 logger = logging.getLogger("megaqwen.weights")
 
+PROGRESS_BYTES = 4 * 10**9  # smaller models are done before a person asks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
@@ -64,13 +66,19 @@ def convert_to_megatron(model: Path, directory: Path) -> Streamed:
     """
     started = time.monotonic()
     weights, transfers = checked_model(model)
-    total = sum(torch.Size(transfer.shape).numel() for transfer in transfers)
+    total = sum(
+        weights.dtypes[name].itemsize * torch.Size(shape).numel()
+        for transfer in transfers
+        for name, shape in zip(transfer.huggingface, transfer.shapes, strict=True)
+    )
 
     def progress(written: int) -> None:
-        logger.info("%.1f GB of %.1f billion parameters written", written / 1e9, total / 1e9)
+        if total > PROGRESS_BYTES:
+            logger.info("%.1f of %.1f GB written", written / 1e9, total / 1e9)
 
     written = write_checkpoint(directory, transfers, weights.dtypes, weights.read, progress)
-    return streamed(weights.shapes_of(transfers), weights.dtypes, written, started)
+    shapes = tensor_shapes(read_architecture(weights.config))
+    return streamed(shapes, weights.dtypes, written, started)
 
 
 def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:

@@ -73,14 +73,6 @@ class HuggingFaceWeights:
                     f" supported: {', '.join(DTYPES)}. Give the model before quantization"
                 )
 
-    def shapes_of(self, transfers: Iterable[Transfer]) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors of a plan, by name."""
-        return {
-            name: shape
-            for transfer in transfers
-            for name, shape in zip(transfer.huggingface, transfer.shapes, strict=True)
-        }
-
     def check_tied_head(self) -> None:
         """InputError where config.json ties the output head, but the file's differs."""
         if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
