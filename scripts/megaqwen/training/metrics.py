@@ -18,9 +18,8 @@ NAMES = {
     "lm loss": "loss",
     "learning-rate": "learning_rate",
     "grad-norm": "gradient_norm",
-    "lm loss validation": "validation_loss",
-    "lm loss test": "test_loss",
 }
+EVALUATION = "lm loss validation"
 
 
 def duration(seconds: float) -> str:
@@ -69,6 +68,8 @@ class MetricsWriter:
         self.last_step = time.monotonic()
         self.seconds_per_iteration = math.nan
         self.live_line_open = False
+        self.evaluated = "validation"
+        self.evaluations: set[tuple[str, int]] = set()
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the wrapped writer's."""
@@ -77,12 +78,18 @@ class MetricsWriter:
     def add_scalar(self, tag: str, value: Any, iteration: int, *rest: Any) -> None:
         """Pass a figure on, and keep those that metrics.jsonl names."""
         self.tensorboard.add_scalar(tag, value, iteration, *rest)
-        if tag in ("lm loss validation", "lm loss test"):
-            self.append({"iteration": iteration, NAMES[tag]: float(value)})
-            self.say(f"iteration {iteration}: {tag.removeprefix('lm loss ')} loss {value:.4f}")
-            self.last_step = time.monotonic()
+        if tag == EVALUATION:
+            self.end_evaluation(float(value), iteration)
         elif tag in NAMES:
             self.pending[NAMES[tag]] = float(value)
+
+    def end_evaluation(self, loss: float, iteration: int) -> None:
+        """Write the loss on the validation or the test set; Megatron's last one comes twice."""
+        if (self.evaluated, iteration) not in self.evaluations:
+            self.evaluations.add((self.evaluated, iteration))
+            self.append({"iteration": iteration, f"{self.evaluated}_loss": loss})
+            self.say(f"iteration {iteration}: {self.evaluated} loss {loss:.4f}")
+        self.last_step = time.monotonic()
 
     def end_iteration(self, iteration: int) -> None:
         """Write the iteration's record and its live line."""
@@ -141,11 +148,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
     A line that a kill cut short is left out.
     """
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    records: dict[tuple[int, str], dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        records[record["iteration"], "loss" in record] = record
-    return [records[key] for key in sorted(records, key=lambda key: (key[0], not key[1]))]
+        kind = next(name for name in ("loss", "validation_loss", "test_loss") if name in record)
+        records[record["iteration"], kind] = record
+    return [records[key] for key in sorted(records)]

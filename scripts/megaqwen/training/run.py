@@ -130,6 +130,14 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
         return result
 
     megatron_training.training_log = training_log
+    megatron_evaluate = megatron_training.evaluate_and_print_results
+
+    def evaluate_and_print_results(prefix: str, *values: Any, **named: Any) -> Any:
+        # Megatron gives the test set's loss the validation set's name.
+        writer.evaluated = "test" if prefix.endswith("test set") else "validation"
+        return megatron_evaluate(prefix, *values, **named)
+
+    megatron_training.evaluate_and_print_results = evaluate_and_print_results
 
 
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
@@ -163,6 +171,7 @@ def finish(run: TrainingRun) -> None:
     records = read_metrics(run.output / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    test = [record["test_loss"] for record in records if "test_loss" in record]
     entropy = unigram_entropy(run)
     arguments = get_args()
     results = {
@@ -173,6 +182,7 @@ def finish(run: TrainingRun) -> None:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss": validation[-1] if validation else None,
+        "test_loss": test[-1] if test else None,
         "unigram_entropy": entropy,
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -1,0 +1,91 @@
+"""The two models that are compared, each in float32: transformers' and Megatron's."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaqwen.training import cpu_emulation
+
+if cpu_emulation.available():
+    cpu_emulation.install()
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402  the emulation first
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from megaqwen.architecture import megatron_options  # noqa: E402
+from megaqwen.config.megatron_options import to_arguments  # noqa: E402
+from megaqwen.training.arguments import CPU_OPTIONS  # noqa: E402
+from megaqwen.training.model import model_config  # noqa: E402
+from megaqwen.weights import find_checkpoint  # noqa: E402
+
+
+class HuggingFaceModel:
+    """transformers' model, in float32 with its plainest attention."""
+
+    def __init__(self, directory: Path):
+        """Load it.
+
+        Args:
+            directory: A Hugging Face model directory.
+        """
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[positions, vocabulary] logits of [positions] token ids."""
+        return self.model(tokens[None]).logits[0]
+
+
+class MegatronModel:
+    """Megatron's GPTModel on one rank, in float32, from a torch_dist checkpoint of any layout."""
+
+    def __init__(self, checkpoint: Path, hf_config: Mapping[str, Any], max_tokens: int):
+        """Build it as training does, and let Megatron load the checkpoint.
+
+        Args:
+            checkpoint: The directory with latest_checkpointed_iteration.txt.
+            hf_config: The model's config.json.
+            max_tokens: The longest text.
+        """
+        options = {
+            **megatron_options(hf_config),
+            **CPU_OPTIONS,
+            "vocab_size": hf_config["vocab_size"],
+            "tokenizer_type": "NullTokenizer",
+            "seq_length": max_tokens,
+            "micro_batch_size": 1,
+            "train_iters": 1,
+            "lr": 1.0,
+        }
+        sys.argv = [sys.argv[0], *to_arguments(options)]
+        arguments = parse_and_validate_args()
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        builder = GPTModelBuilder(model_config(arguments))
+        self.model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+        state = {"model": self.model.sharded_state_dict()}
+        loaded = dist_checkpointing.load(state, str(find_checkpoint(checkpoint)))
+        self.model.load_state_dict(loaded["model"])
+        self.model.eval()
+        self.vocabulary = hf_config["vocab_size"]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[positions, vocabulary] logits of [positions] token ids, without pad rows."""
+        positions = torch.arange(len(tokens))
+        output = self.model(tokens[None], positions[None], None)
+        return output[0, :, : self.vocabulary]
