@@ -3,9 +3,10 @@
     python scripts/generate_config.py            write the files that differ
     python scripts/generate_config.py --check    write nothing; exit with 1 if a file differs
 
-The files: the list of Megatron's options (scripts/megaqwen/config/megatron_options.json), the schemas for
-editors (config/schema.json, config/overlay.schema.json) and the table of config/README.md. Run it after a
-change of megatron-core's version or of scripts/megaqwen/config/sections.py.
+The files: the list of Megatron's options (scripts/megaqwen/config/megatron_options.json), the
+schemas for editors (config/schema.json, config/overlay.schema.json) and the table of
+config/README.md. Run it after a change of megatron-core's version or of
+scripts/megaqwen/config/sections.py.
 """
 
 import argparse

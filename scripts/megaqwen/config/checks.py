@@ -49,11 +49,11 @@ def sequence_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
 
 
 def width_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
-    """Heads, query groups and feed-forward widths are shared out evenly among tensor parallel ranks."""
+    """Tensor parallel ranks share heads, query groups and feed-forward widths evenly."""
     name = "tensor_model_parallel_size"
     tensor = train.get(name, 1)
-    heads = hf_config.get("num_attention_heads")
-    groups = hf_config.get("num_key_value_heads") or heads
+    heads: int = hf_config.get("num_attention_heads") or 0
+    groups: int = hf_config.get("num_key_value_heads") or heads
     if not heads:
         return
 
@@ -79,10 +79,8 @@ def width_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
 
 def layer_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
     """Layers are shared out evenly among pipeline stages, but for those that are placed by hand."""
-    layers, stages = (
-        hf_config.get("num_hidden_layers"),
-        train.get("pipeline_model_parallel_size", 1),
-    )
+    layers = hf_config.get("num_hidden_layers")
+    stages = train.get("pipeline_model_parallel_size", 1)
     if not layers or "pipeline_model_parallel_layout" in train:
         return
     name, what = "pipeline_model_parallel_size", f"the model's {layers} layers"

@@ -13,15 +13,15 @@ Train = Mapping[str, Any]
 Found = Iterator[tuple[str, str]]
 
 AT_LEAST_ONE = """
-    seq_length micro_batch_size global_batch_size train_iters save_interval log_interval eval_interval
-    eval_micro_batch_size eval_global_batch_size tensor_model_parallel_size context_parallel_size
-    pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
-    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers recompute_num_layers
-    tensorboard_log_interval lr_decay_iters""".split()
+    seq_length micro_batch_size global_batch_size train_iters save_interval log_interval
+    eval_interval eval_micro_batch_size eval_global_batch_size tensor_model_parallel_size
+    context_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+    expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage
+    num_virtual_stages_per_pipeline_rank decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers recompute_num_layers tensorboard_log_interval lr_decay_iters"""
 AT_LEAST_ZERO = """
-    lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters seed num_workers adam_beta1 adam_beta2
-    adam_eps""".split()
+    lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters seed num_workers adam_beta1
+    adam_beta2 adam_eps"""
 VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 # What an option needs to be set as well.
 NEEDS = (
@@ -83,7 +83,7 @@ def train_mistakes(train: Train) -> list[Mistake]:
 def bound_mistakes(train: Train) -> Found:
     """Sizes below 1 and amounts below 0."""
     for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
-        for name in names:
+        for name in names.split():
             if name in train and train[name] < least:
                 yield name, f"{shown(train[name])} is given, at least {least} is allowed"
 
@@ -108,10 +108,8 @@ def combination_mistakes(train: Train) -> Found:
 def batch_mistakes(train: Train) -> Found:
     """A global batch is a whole number of micro batches."""
     for prefix in ("", "eval_"):
-        micro, whole = (
-            train.get(prefix + "micro_batch_size"),
-            train.get(prefix + "global_batch_size"),
-        )
+        micro = train.get(prefix + "micro_batch_size")
+        whole = train.get(prefix + "global_batch_size")
         if micro and whole and micro > 0 and whole > 0 and whole % micro:
             text = f"{whole} is not a multiple of {prefix}micro_batch_size {micro}"
             yield (

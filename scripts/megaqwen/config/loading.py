@@ -40,15 +40,15 @@ def merge_overlay(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[s
     return merged
 
 
-def examine(values: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
+def examine(merged: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
     """The Config of a merged mapping, or None, and all mistakes."""
-    values = plain(values)
+    values: dict[str, Any] = plain(merged)
     mistakes: list[Mistake] = []
     train = values.get("train")
     if isinstance(train, Mapping):
         canonical, mistakes = validate_train_options(train)
         mistakes += train_mistakes(canonical)
-        values |= {"train": canonical}
+        values["train"] = canonical
     mistakes = data_mistakes(values) + mistakes
     try:
         config = Config.model_validate(values)
@@ -79,18 +79,18 @@ def load_config(path: Path, overlay: Mapping[str, Any] | None = None) -> Config:
         overlay: What Snakemake gathered from `--configfile` and `--config`.
     """
     base = read_yaml(path)
-    overlay = plain(overlay or {})
-    _, mistakes = examine(merge_overlay(base, overlay))
-    if mistakes and overlay:
-        overlay = mend_types(overlay, mistakes)
-    return validate_config(merge_overlay(base, overlay))
+    over: dict[str, Any] = plain(overlay or {})
+    _, mistakes = examine(merge_overlay(base, over))
+    if mistakes and over:
+        over = mend_types(over, mistakes)
+    return validate_config(merge_overlay(base, over))
 
 
 def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Any]:
     """`overlay` with texts as the numbers that they write, and the reverse, where that was wrong.
 
-    Snakemake reads `--config train='{lr: 1e-3}'` without types, its configfiles with YAML 1.1's, and
-    `--config run=7` as a number.
+    Snakemake reads `--config train='{lr: 1e-3}'` without types, its configfiles with YAML 1.1's,
+    and `--config run=7` as a number.
     """
     overlay = copy.deepcopy(overlay)
     for mistake in mistakes:

@@ -1,7 +1,8 @@
 """Megatron's options that a config may not set under `train`, and what to do instead.
 
-Three kinds: what the model's config.json decides, what this pipeline sets itself, and what has no part
-in its training. Refusing the last kind keeps a config honest: nothing in it is read and then ignored.
+Three kinds: what the model's config.json decides, what this pipeline sets itself, and what has no
+part in its training. Refusing the last kind keeps a config honest: nothing in it is read and then
+ignored.
 """
 
 from collections.abc import Mapping

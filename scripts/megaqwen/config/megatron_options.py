@@ -175,7 +175,8 @@ def to_arguments(canonical: Mapping[str, object]) -> list[str]:
     """The words of a command line that Megatron's parser parses back into these values.
 
     Args:
-        canonical: Options by their dests, also those that a config may not set. None leaves one out.
+        canonical: Options by their dests, also those that a config may not set; None leaves one
+            out.
 
     Raises:
         ValueError: An option that Megatron does not have, or a value that no flag says.

@@ -1,4 +1,4 @@
-"""A config's mistakes in words: where, what is given, what is allowed, and what was probably meant."""
+"""A config's mistakes in words: where, what is given, what is allowed, what was probably meant."""
 
 import difflib
 import json
@@ -15,8 +15,8 @@ LONGEST_SHOWN = 80  # characters of a value
 MOST_LISTED = 16  # choices
 
 PATTERN_WORDS = {
-    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-' that starts with one of the "
-    "first two",
+    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-' that starts with one "
+    "of the first two",
     r"^[\w.-]+/[\w.-]+$": "OWNER/NAME, such as Qwen/Qwen3-0.6B",
 }
 
@@ -31,6 +31,7 @@ class Mistake:
     """Whether the value would be right as a text."""
 
     def __str__(self) -> str:
+        """Path and text on one line."""
         return f"{path_words(self.path)}: {self.text}"
 
 
@@ -94,9 +95,9 @@ def describe(detail: dict[str, Any], schema: Node) -> Mistake:
             return Mistake((*path, "source"), f"is missing: {sources} is allowed")
         case "union_tag_invalid":
             path, node = find(schema, location)
-            sources, tag = list(node["discriminator"]["mapping"]), given.get("source")
-            text = f"{shown(tag)} is given, {listed(sources)} is allowed"
-            return Mistake((*path, "source"), text + did_you_mean(tag, sources))
+            known, tag = list(node["discriminator"]["mapping"]), given.get("source")
+            text = f"{shown(tag)} is given, {listed(known)} is allowed"
+            return Mistake((*path, "source"), text + did_you_mean(tag, known))
         case "invalid_key":
             path, _ = find(schema, location[:-1])
             return Mistake((*path, str(location[-1])), "there is no such key")
@@ -109,7 +110,7 @@ def describe(detail: dict[str, Any], schema: Node) -> Mistake:
 
 
 def find(schema: Node, location: Sequence[str | int]) -> tuple[Path, Node]:
-    """What the schema says at one of pydantic's locations, and the path without the unions' tags."""
+    """What the schema says at one of pydantic's locations; the path has no unions' tags."""
     path: Path = ()
     node = resolved(schema, schema)
     for step in location:

@@ -35,7 +35,7 @@ def megatron_parser() -> argparse.ArgumentParser:
 def parser_options() -> dict[str, dict[str, Any]]:
     """Every option by its dest, in the parser's order.
 
-    Each has `group`, `type` (bool, int, float, str, enum, pattern or int_tuple), `default` and `help`.
+    Each has `group`, `type` (bool, int, float, str, enum, pattern or int_tuple), `default`, `help`.
     A bool has `on` and `off`, the flags that set it; the others have `flags`, and `choices` and
     `nargs` where the parser has them.
     """

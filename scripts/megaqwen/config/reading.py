@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; ConfigError where there is no such file or no mapping in it."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.load(text, Loader=ConfigLoader)  # noqa: S506  it is a SafeLoader
+        value = yaml.load(text, Loader=ConfigLoader)
     except FileNotFoundError:
         raise ConfigError(
             f"there is no config file {path}: run in the repository's top folder"
@@ -70,7 +70,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
 def scalar(text: str) -> Any:
     """What a text would be as a plain YAML value: "1e-3" the number, "true" the boolean."""
     try:
-        value = yaml.load(text, Loader=ConfigLoader)  # noqa: S506
+        value = yaml.load(text, Loader=ConfigLoader)
     except yaml.YAMLError:
         return text
     return value if value is None or isinstance(value, bool | int | float) else text

@@ -1,4 +1,4 @@
-"""JSON schemas of a config file and of an overlay, for editors: config/*.schema.json are written from here.
+"""JSON schemas of a config file and of an overlay, for editors: config/*schema.json.
 
 Draft 2020-12. Descriptions are the fields' docstrings and Megatron's own help.
 """
@@ -34,8 +34,18 @@ def config_schema() -> Schema:
 
 def overlay_schema() -> Schema:
     """What a file of config/experiments is: any part of a config, and null to remove a key."""
-    schema = optional(config_schema())
+    whole = config_schema()
+    schema = optional(whole)
+    # A list is replaced, not merged: its entries are as complete as in a whole config.
+    schema["$defs"] |= {name: whole["$defs"][name] for name in entry_names(whole["$defs"])}
     return schema | {"title": "An overlay over config/config.yaml"}
+
+
+def entry_names(definitions: Mapping[str, Schema]) -> list[str]:
+    """The definitions that are entries of some section's list."""
+    fields = [field for each in definitions.values() for field in each["properties"].values()]
+    forms = [form for field in fields for form in field.get("items", {}).get("oneOf", [])]
+    return [form["$ref"].removeprefix("#/$defs/") for form in forms]
 
 
 def train_schema() -> Schema:
@@ -92,7 +102,7 @@ def without_titles(node: Any) -> Any:
 
 
 def optional(node: Any) -> Any:
-    """A schema in which no key has to be there, but a `source`, and null stands for none."""
+    """A schema in which no key has to be there, and null stands for none."""
     if isinstance(node, list):
         return [optional(item) for item in node]
     if not isinstance(node, dict):
