@@ -1,0 +1,38 @@
+# Hugging Face Qwen -> Megatron training -> Hugging Face, proven at both crossings.
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+
+
+include: "rules/common.smk"
+include: "rules/download.smk"
+include: "rules/convert.smk"
+include: "rules/preprocess.smk"
+include: "rules/train.smk"
+include: "rules/export.smk"
+include: "rules/parity.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    parity,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.output.page,
+
+
+onstart:
+    store_resolved_config()
+
+
+onsuccess:
+    say_where_results_are()

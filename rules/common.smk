@@ -1,0 +1,58 @@
+# The run's config and layout, read once. Python lives in scripts/megaqwen; this names its results.
+import os
+
+from megaqwen.config import load_config
+from megaqwen.data.files import corpus_files
+from megaqwen.errors import InputError
+from megaqwen.layout import Layout
+from megaqwen.summary import ended_lines, resolved_yaml
+from megaqwen.provenance import write_text
+
+os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "")
+
+try:
+    CONFIG = load_config(Path("config/config.yaml"), config)
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+LAYOUT = Layout(config=CONFIG)
+RUN_CONFIG = LAYOUT.run / "config.yaml"
+LOGS = LAYOUT.run / "logs"
+SCRIPTS = Path(workflow.basedir) / "scripts"
+PYTHON = sys.executable
+
+
+def corpora_files(wildcards):
+    """The corpora's own files: a newer one is tokenized again."""
+    try:
+        return [path for corpus in CONFIG.data.corpora for path in corpus_files(corpus)]
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def model_files(wildcards):
+    """The config.json of a model that is on disk already."""
+    if CONFIG.model.source != "path":
+        return []
+    return [Path(CONFIG.model.path).expanduser() / "config.json"]
+
+
+def ranks_needed(wildcards):
+    """Ranks of one replica of the model: the fewest that can train it."""
+    train = CONFIG.train
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = 1
+    for size in sizes:
+        ranks *= train.get(size, 1)
+    return ranks
+
+
+def store_resolved_config():
+    """Keep the config that the run was made with, beside its results, where the stages read it."""
+    write_text(RUN_CONFIG, resolved_yaml(CONFIG))
+
+
+def say_where_results_are():
+    """The last words of a run that made its report."""
+    for line in ended_lines(LAYOUT):
+        logger.info(line)

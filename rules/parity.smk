@@ -1,0 +1,53 @@
+rule parity:
+    input:
+        LAYOUT.run / "parity" / "convert" / "parity.json",
+        LAYOUT.run / "parity" / "export" / "parity.json",
+
+
+rule parity_convert:
+    input:
+        checkpoint=rules.convert.output.manifest,
+        data=rules.preprocess.output.manifest,
+    output:
+        verdict=LAYOUT.run / "parity" / "convert" / "parity.json",
+    params:
+        digest=LAYOUT.stage_digest("parity"),
+        model=LAYOUT.model / "hf",
+        checkpoint=LAYOUT.megatron / "checkpoint",
+        data=LAYOUT.data,
+    log:
+        LOGS / "parity_convert.log",
+    benchmark:
+        LOGS / "parity_convert.benchmark.tsv"
+    message:
+        "parity gate: is the converted checkpoint the Hugging Face model?"
+    shell:
+        "HF_HUB_OFFLINE=1 {PYTHON} {SCRIPTS}/parity.py --config {RUN_CONFIG} --crossing convert"
+        " --model {params.model} --checkpoint {params.checkpoint}"
+        " --checkpoint-manifest {input.checkpoint} --data {params.data}"
+        " --output {output.verdict} --log {log}"
+
+
+rule parity_export:
+    input:
+        checkpoint=rules.train.output.manifest,
+        model=rules.export.output.manifest,
+        data=rules.preprocess.output.manifest,
+    output:
+        verdict=LAYOUT.run / "parity" / "export" / "parity.json",
+    params:
+        digest=LAYOUT.stage_digest("parity"),
+        model=LAYOUT.run / "export" / "hf",
+        checkpoint=LAYOUT.checkpoints,
+        data=LAYOUT.data,
+    log:
+        LOGS / "parity_export.log",
+    benchmark:
+        LOGS / "parity_export.benchmark.tsv"
+    message:
+        "parity gate: is the exported model the trained checkpoint?"
+    shell:
+        "HF_HUB_OFFLINE=1 {PYTHON} {SCRIPTS}/parity.py --config {RUN_CONFIG} --crossing export"
+        " --model {params.model} --checkpoint {params.checkpoint}"
+        " --checkpoint-manifest {input.checkpoint} --data {params.data}"
+        " --output {output.verdict} --log {log}"

@@ -1,0 +1,71 @@
+"""Start the ranks of a script, by torchrun on this machine or by srun in a Slurm allocation.
+
+    python scripts/launch.py --launcher torchrun --ranks-per-node 2 --log LOG scripts/train.py ...
+    python scripts/launch.py --launcher srun --nodes 2 --ranks-per-node 8 --gpus-per-node 8 \\
+        --log LOG scripts/train.py ...
+
+Each rank writes to LOG.rankN.log and the launcher itself to LOG; the terminal shows what the last rank
+says. --dry-run prints the command. Exits as the ranks do.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megaqwen.training.launch import Launch
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ranks-per-node", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=0)
+    parser.add_argument("--cpus-per-rank", type=int, default=1)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print the command only")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
+    arguments = parser.parse_args()
+    if arguments.launcher == "torchrun" and arguments.nodes > 1:
+        parser.error("torchrun starts ranks on this machine alone: --nodes 1, or --launcher srun")
+    launch = Launch(
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.ranks_per_node,
+        gpus_per_node=arguments.gpus_per_node,
+        cpus_per_rank=arguments.cpus_per_rank,
+    )
+    words = [*arguments.command, "--log", str(arguments.log)]
+    command = launch.torchrun(words) if arguments.launcher == "torchrun" else launch.srun(words)
+    if arguments.dry_run:
+        sys.stdout.write(" ".join(command) + "\n")
+        return 0
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.cpus_per_rank)}
+    # The launchers' own words (a traceback of torchrun for each failure) go to the log.
+    with open(arguments.log, "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stderr=log, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # the ranks got the same signal from the terminal
+            return 130
+    if code:
+        show_failure(arguments.log)
+    return code
+
+
+def show_failure(log: Path) -> None:
+    """Say which ranks failed and with what, where none of them spoke on the terminal."""
+    for path in sorted(log.parent.glob(f"{log.name}.rank*.log")):
+        errors = [line for line in path.read_text(errors="replace").splitlines() if "error: " in line]
+        if errors:
+            sys.stderr.write(f"  {path}: {errors[-1].split('error: ', 1)[1]}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
