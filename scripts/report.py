@@ -1,0 +1,66 @@
+"""Make a run's report: one self-contained page with curves, parity tables, config and versions.
+
+    python scripts/report.py --config RUN/config.yaml --run RUN --manifests MANIFEST... --output DIR
+
+DIR gets report.html and, one file each, the parts of it that `snakemake --report` collects.
+"""
+
+import argparse
+import html
+import logging
+import sys
+from pathlib import Path
+
+from megaqwen.config import load_config
+from megaqwen.console import run_command, stage_parser
+from megaqwen.provenance import new_directory, read_json, write_text
+from megaqwen.summary import resolved_yaml
+
+logger = logging.getLogger("megaqwen.report")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Run the stage."""
+    from megaqwen.report import figures, pages
+    from megaqwen.training.metrics import read_metrics
+
+    config = load_config(arguments.config)
+    manifests = [read_json(path) for path in arguments.manifests]
+    train = next(item for item in manifests if item["stage"] == "train")
+    records = read_metrics(arguments.run / "train" / "metrics.jsonl")
+    text = resolved_yaml(config)
+    parity = pages.parity_tables(manifests)
+    versions = pages.versions_table(manifests)
+    stages = pages.stages_table(manifests)
+    with new_directory(arguments.output) as directory:
+        loss = figures.loss_figure(records, train["results"]["unigram_entropy"])
+        rates = figures.rates_figure(records)
+        write_text(directory / "loss.svg", loss)
+        write_text(directory / "rates.svg", rates)
+        write_text(directory / "config.yaml", text)
+        write_text(directory / "parity.html", pages.page("Parity", [("Parity", parity)]))
+        write_text(directory / "versions.html", pages.page("Versions", [("Versions", versions)]))
+        sections = [
+            ("Summary", pages.summary_table(manifests)),
+            ("Loss", loss),
+            ("Learning rate, gradient norm, throughput", rates),
+            ("Parity", parity),
+            ("Stages", stages),
+            ("Config", f"<pre>{html.escape(text)}</pre>"),
+            ("Versions", versions),
+        ]
+        write_text(directory / "report.html", pages.page(f"Run {config.run}", sections))
+    logger.info("report: %s", arguments.output / "report.html")
+
+
+def main() -> int:
+    """The command."""
+    parser = stage_parser(__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the run's directory")
+    parser.add_argument("--manifests", type=Path, nargs="+", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    return run_command(report, parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
