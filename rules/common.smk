@@ -3,12 +3,11 @@ import os
 
 from megaqwen.config import load_config
 from megaqwen.data.files import corpus_files
+from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.summary import ended_lines, resolved_yaml
 from megaqwen.provenance import write_text
-
-os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "")
+from megaqwen.summary import ended_lines, resolved_yaml
 
 try:
     CONFIG = load_config(Path("config/config.yaml"), config)
@@ -18,8 +17,27 @@ except InputError as error:
 LAYOUT = Layout(config=CONFIG)
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
-SCRIPTS = Path(workflow.basedir) / "scripts"
-PYTHON = sys.executable
+SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
+put_this_python_first()
+
+
+def stage_command(script):
+    """How a stage is called. A param that depends on resources is no reason to run it again."""
+
+    def command(wildcards, resources):
+        return f"python {SCRIPTS / script} --config {RUN_CONFIG}"
+
+    return command
+
+
+def rank_command(wildcards, resources):
+    """What each rank of training runs."""
+    return f"{SCRIPTS / 'train.py'} --config {RUN_CONFIG}"
+
+
+def launch_command(wildcards, resources):
+    """What starts the ranks."""
+    return f"python {SCRIPTS / 'launch.py'}"
 
 
 def corpora_files(wildcards):
@@ -40,7 +58,11 @@ def model_files(wildcards):
 def ranks_needed(wildcards):
     """Ranks of one replica of the model: the fewest that can train it."""
     train = CONFIG.train
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+    )
     ranks = 1
     for size in sizes:
         ranks *= train.get(size, 1)

@@ -10,19 +10,22 @@ rule parity_convert:
         data=rules.preprocess.output.manifest,
     output:
         verdict=LAYOUT.run / "parity" / "convert" / "parity.json",
-    params:
-        digest=LAYOUT.stage_digest("parity"),
-        model=LAYOUT.model / "hf",
-        checkpoint=LAYOUT.megatron / "checkpoint",
-        data=LAYOUT.data,
     log:
         LOGS / "parity_convert.log",
     benchmark:
         LOGS / "parity_convert.benchmark.tsv"
+    conda:
+        "../envs/megaqwen.yaml"
+    params:
+        command=stage_command("parity.py"),
+        digest=LAYOUT.stage_digest("parity"),
+        model=LAYOUT.model / "hf",
+        checkpoint=LAYOUT.megatron / "checkpoint",
+        data=LAYOUT.data,
     message:
         "parity gate: is the converted checkpoint the Hugging Face model?"
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON} {SCRIPTS}/parity.py --config {RUN_CONFIG} --crossing convert"
+        "HF_HUB_OFFLINE=1 {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict} --log {log}"
@@ -35,19 +38,22 @@ rule parity_export:
         data=rules.preprocess.output.manifest,
     output:
         verdict=LAYOUT.run / "parity" / "export" / "parity.json",
-    params:
-        digest=LAYOUT.stage_digest("parity"),
-        model=LAYOUT.run / "export" / "hf",
-        checkpoint=LAYOUT.checkpoints,
-        data=LAYOUT.data,
     log:
         LOGS / "parity_export.log",
     benchmark:
         LOGS / "parity_export.benchmark.tsv"
+    conda:
+        "../envs/megaqwen.yaml"
+    params:
+        command=stage_command("parity.py"),
+        digest=LAYOUT.stage_digest("parity"),
+        model=LAYOUT.run / "export" / "hf",
+        checkpoint=LAYOUT.checkpoints,
+        data=LAYOUT.data,
     message:
         "parity gate: is the exported model the trained checkpoint?"
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON} {SCRIPTS}/parity.py --config {RUN_CONFIG} --crossing export"
+        "HF_HUB_OFFLINE=1 {params.command} --crossing export"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict} --log {log}"

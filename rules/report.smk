@@ -9,19 +9,42 @@ rule report:
         parity_export=rules.parity_export.output.verdict,
     output:
         page=report(LAYOUT.run / "report" / "report.html", category="Run"),
-        loss=report(LAYOUT.run / "report" / "loss.svg", category="Training", labels={"figure": "loss and validation loss"}),
-        rates=report(LAYOUT.run / "report" / "rates.svg", category="Training", labels={"figure": "learning rate, gradient norm, throughput"}),
-        parity=report(LAYOUT.run / "report" / "parity.html", category="Parity", labels={"table": "gates"}),
-        config=report(LAYOUT.run / "report" / "config.yaml", category="Run", labels={"file": "resolved config"}),
-        versions=report(LAYOUT.run / "report" / "versions.html", category="Run", labels={"table": "versions"}),
+        loss=report(
+            LAYOUT.run / "report" / "loss.svg",
+            category="Training",
+            labels={"figure": "loss and validation loss"},
+        ),
+        rates=report(
+            LAYOUT.run / "report" / "rates.svg",
+            category="Training",
+            labels={"figure": "learning rate, gradient norm, throughput"},
+        ),
+        parity=report(
+            LAYOUT.run / "report" / "parity.html",
+            category="Parity",
+            labels={"table": "gates"},
+        ),
+        config=report(
+            LAYOUT.run / "report" / "config.yaml",
+            category="Run",
+            labels={"file": "resolved config"},
+        ),
+        versions=report(
+            LAYOUT.run / "report" / "versions.html",
+            category="Run",
+            labels={"table": "versions"},
+        ),
+    log:
+        LOGS / "report.log",
+    conda:
+        "../envs/megaqwen.yaml"
     params:
+        command=stage_command("report.py"),
         digest=LAYOUT.stage_digest("report"),
         run=LAYOUT.run,
         directory=LAYOUT.run / "report",
-    log:
-        LOGS / "report.log",
     message:
         "report: curves, parity, config and versions on one page"
     shell:
-        "{PYTHON} {SCRIPTS}/report.py --config {RUN_CONFIG} --run {params.run}"
+        "{params.command} --run {params.run}"
         " --manifests {input} --output {params.directory} --log {log}"

@@ -7,27 +7,31 @@ rule train:
         parity=ancient(LAYOUT.run / "parity" / "convert" / "parity.json"),
     output:
         manifest=LAYOUT.run / "train" / "manifest.json",
-    params:
-        digest=LAYOUT.stage_digest("train"),
-        model=LAYOUT.model / "hf",
-        checkpoint=LAYOUT.megatron / "checkpoint",
-        data=LAYOUT.data,
-        directory=LAYOUT.run / "train",
     log:
         LOGS / "train.log",
     benchmark:
         LOGS / "train.benchmark.tsv"
+    conda:
+        "../envs/megaqwen.yaml"
     threads: 1
     resources:
         nodes=1,
         ranks_per_node=ranks_needed,
         gpus_per_node=0,
         launcher="torchrun",
+    params:
+        launch=launch_command,
+        command=rank_command,
+        digest=LAYOUT.stage_digest("train"),
+        model=LAYOUT.model / "hf",
+        checkpoint=LAYOUT.megatron / "checkpoint",
+        data=LAYOUT.data,
+        directory=LAYOUT.run / "train",
     message:
         "train: megatron.training.pretrain on {resources.nodes} node(s) with {resources.ranks_per_node} rank(s) each"
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON} {SCRIPTS}/launch.py --launcher {resources.launcher}"
+        "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
         " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads} --log {log}"
-        " {SCRIPTS}/train.py --config {RUN_CONFIG} --model {params.model}"
+        " {params.command} --model {params.model}"
         " --checkpoint {params.checkpoint} --data {params.data} --output {params.directory}"

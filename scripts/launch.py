@@ -62,7 +62,9 @@ def main() -> int:
 def show_failure(log: Path) -> None:
     """Say which ranks failed and with what, where none of them spoke on the terminal."""
     for path in sorted(log.parent.glob(f"{log.name}.rank*.log")):
-        errors = [line for line in path.read_text(errors="replace").splitlines() if "error: " in line]
+        errors = [
+            line for line in path.read_text(errors="replace").splitlines() if "error: " in line
+        ]
         if errors:
             sys.stderr.write(f"  {path}: {errors[-1].split('error: ', 1)[1]}\n")
 

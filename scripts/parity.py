@@ -33,7 +33,9 @@ CAUSES = {
 def parity(arguments: argparse.Namespace) -> None:
     """Run the gates."""
     config = load_config(arguments.config)
-    record = StageRecord(f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity"))
+    record = StageRecord(
+        f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
+    )
     os.environ["HF_HUB_OFFLINE"] = "1"
 
     import torch

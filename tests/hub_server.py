@@ -49,6 +49,8 @@ class Hub:
     stalled: threading.Event = field(default_factory=threading.Event)
     requests: list[Request] = field(default_factory=list)
     url: str = ""
+    cdn: str = ""
+    """The same server under another host name: redirects within a host the client follows itself."""
 
     def resolve(self, revision: str) -> str | None:
         commit = {**self.tags, **self.branches}.get(revision, revision)
@@ -165,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
                 content, {"ETag": f'"{git_blob(content)}"', "X-Repo-Commit": commit}
             )
         self.send_response(302)
-        self.send_header("Location", f"{self.hub.url}/cdn/{commit}/{name}")
+        self.send_header("Location", f"{self.hub.cdn}/{commit}/{name}")
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("X-Linked-ETag", f'"{sha256(content)}"')
@@ -243,6 +245,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        hub.cdn = f"http://localhost:{server.server_address[1]}/cdn"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

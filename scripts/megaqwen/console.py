@@ -55,7 +55,7 @@ def terminal_and_log(log: Path | None, *, quiet: bool = False) -> TextIO:
         handlers[0].setFormatter(logging.Formatter("  %(message)s"))
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(log, "a", buffering=1, encoding="utf-8")
+        stream = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  open to the end
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(stream.fileno(), 1)

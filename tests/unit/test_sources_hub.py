@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from hub_server import REPO, Hub, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ class Download:
         code, text = self.run(**environment)
         assert code == 2, text
         assert "Traceback" not in text
-        assert text.count("error:") == 1
+        assert text.count(" error: ") == 1
         assert not (self.output / "hf").exists()
         assert not (self.output / "manifest.json").exists()
         return text

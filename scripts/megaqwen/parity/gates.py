@@ -140,9 +140,7 @@ def nan_is_worst(value: float) -> float:
     return float("inf") if value != value else value
 
 
-def tensors_gate(
-    read: Callable[[str], Tensor], streamed: Iterable[tuple[str, Tensor]]
-) -> Gate:
+def tensors_gate(read: Callable[[str], Tensor], streamed: Iterable[tuple[str, Tensor]]) -> Gate:
     """The gate on weights: every tensor is the same bits.
 
     Args:

@@ -14,18 +14,18 @@ from megaqwen.training import cpu_emulation
 if cpu_emulation.available():
     cpu_emulation.install()
 
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402  the emulation first
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.models.gpt import GPTModelBuilder
+from transformers import AutoModelForCausalLM
 
-from megaqwen.architecture import megatron_options  # noqa: E402
-from megaqwen.config.megatron_options import to_arguments  # noqa: E402
-from megaqwen.training.arguments import CPU_OPTIONS  # noqa: E402
-from megaqwen.training.model import model_config  # noqa: E402
-from megaqwen.weights import find_checkpoint  # noqa: E402
+from megaqwen.architecture import megatron_options
+from megaqwen.config.megatron_options import to_arguments
+from megaqwen.training.arguments import CPU_OPTIONS
+from megaqwen.training.model import model_config
+from megaqwen.weights import find_checkpoint
 
 
 class HuggingFaceModel:

@@ -5,7 +5,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-
 Manifest = Mapping[str, Any]
 
 PAGE = """<!doctype html>
@@ -75,7 +74,10 @@ def summary_table(manifests: Sequence[Manifest]) -> str:
         [
             ("model", f"{name} {revision}".strip()),
             ("parameters", f"{model['parameters']:,}"),
-            ("data", ", ".join(f"{key}: {item['tokens']:,} tokens" for key, item in corpora.items())),
+            (
+                "data",
+                ", ".join(f"{key}: {item['tokens']:,} tokens" for key, item in corpora.items()),
+            ),
             ("trained on", f"{train['tokens']:,} tokens in {train['iteration']} iterations"),
             ("ranks", train["world_size"]),
             ("loss", f"{train['first_loss']:.4f} at first, {train['last_loss']:.4f} at last"),

@@ -23,7 +23,10 @@ CPU_OPTIONS: dict[str, Any] = {
     "bias_dropout_fusion": False,
 }
 # With one: Transformer Engine over NCCL.
-GPU_OPTIONS: dict[str, Any] = {"distributed_backend": "nccl", "transformer_impl": "transformer_engine"}
+GPU_OPTIONS: dict[str, Any] = {
+    "distributed_backend": "nccl",
+    "transformer_impl": "transformer_engine",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def training_options(
     Raises:
         InputError: The config asks for something that a machine without a GPU cannot do.
     """
-    chosen = dict(config.train)
+    chosen: dict[str, Any] = dict(config.train)
     managed = {
         "save": str(paths.checkpoints),
         "load": str(paths.checkpoints),

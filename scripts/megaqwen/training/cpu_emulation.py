@@ -36,7 +36,11 @@ class CudaMeansCpu(TorchFunctionMode):
     """Reads a CUDA device in any torch call as the CPU."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Change the device argument, then call `func`."""
         if kwargs and is_cuda(kwargs.get("device")):

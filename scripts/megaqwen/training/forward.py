@@ -37,9 +37,7 @@ def micro_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch
     if mpu.get_tensor_model_parallel_world_size() > 1:
         source = mpu.get_tensor_model_parallel_src_rank()
         for tensor in batch.values():
-            torch.distributed.broadcast(
-                tensor, source, group=mpu.get_tensor_model_parallel_group()
-            )
+            torch.distributed.broadcast(tensor, source, group=mpu.get_tensor_model_parallel_group())
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
 
 
@@ -75,4 +73,5 @@ def forward_step(iterator: Iterator[Batch] | None, model: Any) -> tuple[torch.Te
         None,
         labels=batch.get("labels"),
     )
-    return output, partial(summed_loss, batch.get("loss_mask"))
+    # Only the last pipeline stage calls it, and that stage has a mask.
+    return output, partial(summed_loss, batch.get("loss_mask", output))

@@ -14,21 +14,21 @@ from megaqwen.training import cpu_emulation
 if cpu_emulation.available():
     cpu_emulation.install()
 
-from megatron.core.datasets import utils as dataset_utils  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402  the emulation comes first
-from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain  # noqa: E402
-from megatron.training import training as megatron_training  # noqa: E402
-from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain
+from megatron.training import training as megatron_training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
 
-from megaqwen.errors import InputError  # noqa: E402
-from megaqwen.provenance import peak_memory_bytes  # noqa: E402
-from megaqwen.training.arguments import RunPaths, training_arguments  # noqa: E402
-from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider  # noqa: E402
-from megaqwen.training.forward import forward_step  # noqa: E402
-from megaqwen.training.metrics import MetricsWriter, read_metrics  # noqa: E402
-from megaqwen.training.model import model_config  # noqa: E402
-from megaqwen.training.preflight import TrainingRun  # noqa: E402
+from megaqwen.errors import InputError
+from megaqwen.provenance import peak_memory_bytes
+from megaqwen.training.arguments import RunPaths, training_arguments
+from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
+from megaqwen.training.forward import forward_step
+from megaqwen.training.metrics import MetricsWriter, read_metrics
+from megaqwen.training.model import model_config
+from megaqwen.training.preflight import TrainingRun
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -47,7 +47,9 @@ def pretrain_run(run: TrainingRun) -> None:
     if not gpu:
         cpu_emulation.install_training()
     paths = RunPaths(
-        pretrained=run.checkpoint, checkpoints=run.checkpoints, tensorboard=run.output / "tensorboard"
+        pretrained=run.checkpoint,
+        checkpoints=run.checkpoints,
+        tensorboard=run.output / "tensorboard",
     )
     # Megatron runs make in site-packages, where the wheel has the compiled helper and no Makefile.
     dataset_utils.compile_helpers = lambda: None
@@ -95,7 +97,8 @@ def corpora(run: TrainingRun) -> Corpora:
         seed=data.seed,
         cache=run.output / "cache",
         tokenizer=EndOfDocument(
-            eod=run.data["tokenizer"]["end_of_document"]["id"], vocab_size=run.hf_config["vocab_size"]
+            eod=run.data["tokenizer"]["end_of_document"]["id"],
+            vocab_size=run.hf_config["vocab_size"],
         ),
     )
 
