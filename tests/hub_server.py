@@ -50,7 +50,7 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     url: str = ""
     cdn: str = ""
-    """The same server under another host name: redirects within a host the client follows itself."""
+    """The same server under another name: the client treats another host as the Hub's CDN."""
 
     def resolve(self, revision: str) -> str | None:
         commit = {**self.tags, **self.branches}.get(revision, revision)
