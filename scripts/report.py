@@ -27,7 +27,7 @@ def report(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     manifests = [read_json(path) for path in arguments.manifests]
     train = next(item for item in manifests if item["stage"] == "train")
-    records = read_metrics(arguments.run / "train" / "metrics.jsonl")
+    records = read_metrics(arguments.run / "train" / train["results"]["metrics"])
     text = resolved_yaml(config)
     parity = pages.parity_tables(manifests)
     versions = pages.versions_table(manifests)

@@ -5,8 +5,9 @@ Started once for each rank, by torchrun or by srun (scripts/launch.py does eithe
     torchrun --nproc-per-node 2 scripts/train.py --config results/runs/default/config.yaml \\
         --model HF_DIRECTORY --checkpoint MEGATRON_CHECKPOINT --data DATA_DIRECTORY --output DIRECTORY
 
-The first start takes its weights from --checkpoint; later ones resume from DIRECTORY/checkpoints. The
-directory also gets metrics.jsonl, tensorboard/ and, when the last iteration is saved, manifest.json.
+The first start takes its weights from --checkpoint; later ones resume from DIRECTORY/checkpoints/DIGEST,
+named after the config of training, which also gets metrics.jsonl and tensorboard/. When the last iteration
+is saved, DIRECTORY gets manifest.json.
 """
 
 import argparse

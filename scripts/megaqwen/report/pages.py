@@ -81,13 +81,18 @@ def summary_table(manifests: Sequence[Manifest]) -> str:
             ("trained on", f"{train['tokens']:,} tokens in {train['iteration']} iterations"),
             ("ranks", train["world_size"]),
             ("loss", f"{train['first_loss']:.4f} at first, {train['last_loss']:.4f} at last"),
-            ("validation loss", train["validation_loss"]),
-            ("test loss", train["test_loss"]),
+            ("validation loss", nats(train["validation_loss"])),
+            ("test loss", nats(train["test_loss"])),
             ("unigram entropy", f"{train['unigram_entropy']:.4f} nats per token"),
             ("parity after convert", stages["parity_convert"]["results"]["verdict"]),
             ("parity after export", stages["parity_export"]["results"]["verdict"]),
         ],
     )
+
+
+def nats(loss: float | None) -> str:
+    """A loss that may not have been measured."""
+    return "not measured" if loss is None else f"{loss:.4f} nats per token"
 
 
 def parity_tables(manifests: Sequence[Manifest]) -> str:

@@ -32,6 +32,8 @@ from megaqwen.training.preflight import TrainingRun
 
 logger = logging.getLogger("megaqwen.training")
 
+METRICS = "metrics.jsonl"
+
 
 class StoppedEarly(Exception):
     """Training was told to stop, saved, and is not done."""
@@ -49,7 +51,7 @@ def pretrain_run(run: TrainingRun) -> None:
     paths = RunPaths(
         pretrained=run.checkpoint,
         checkpoints=run.checkpoints,
-        tensorboard=run.output / "tensorboard",
+        tensorboard=run.checkpoints / "tensorboard",
     )
     # Megatron runs make in site-packages, where the wheel has the compiled helper and no Makefile.
     dataset_utils.compile_helpers = lambda: None
@@ -67,7 +69,7 @@ def pretrain_run(run: TrainingRun) -> None:
         pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         raise StoppedEarly(
-            f"stopped at iteration {get_args().iteration} of {arguments.train_iters} after saving: "
+            f"stopped after iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters}; it is saved: "
             "the same command goes on from there"
         ) from stop
     torch.distributed.barrier()
@@ -116,7 +118,7 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
     arguments = get_args()
     writer = MetricsWriter(
         get_tensorboard_writer(),
-        file=run.output / "metrics.jsonl",
+        file=run.checkpoints / METRICS,
         terminal=run.terminal,
         iterations=arguments.train_iters,
         tokens_per_iteration=arguments.global_batch_size * arguments.seq_length,
@@ -171,16 +173,20 @@ def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
 
 def finish(run: TrainingRun) -> None:
     """Write the manifest: what was trained, the losses, and the unigram entropy to hold against it."""
-    records = read_metrics(run.output / "metrics.jsonl")
+    records = read_metrics(run.checkpoints / METRICS)
     losses = [record["loss"] for record in records if "loss" in record]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     test = [record["test_loss"] for record in records if "test_loss" in record]
     entropy = unigram_entropy(run)
     arguments = get_args()
+    iteration = saved_iteration(run.checkpoints)
+    if iteration != arguments.train_iters:
+        raise RuntimeError(f"saved {iteration} of {arguments.train_iters} iterations")
     results = {
-        "iteration": arguments.iteration,
+        "iteration": iteration,
         "checkpoints": os.path.relpath(run.checkpoints, run.output),
-        "tokens": arguments.iteration * arguments.global_batch_size * arguments.seq_length,
+        "metrics": os.path.relpath(run.checkpoints / METRICS, run.output),
+        "tokens": iteration * arguments.global_batch_size * arguments.seq_length,
         "world_size": arguments.world_size,
         "first_loss": losses[0],
         "last_loss": losses[-1],
