@@ -37,6 +37,8 @@ class Hub:
     gated_for: str | None = None
     """Only this token may read files."""
     refused_token: str | None = None
+    down: bool = False
+    """Answer everything with 503."""
     drop_after: int | None = None
     """Large files: drop the connection after so many bytes of the first request, once."""
     stall_after: int | None = None
@@ -91,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             Request(self.command, path, self.headers.get("Range"), authorization)
         )
+        if self.hub.down:
+            return self.fail(503, None, "Service Unavailable")
         if self.hub.refused_token and authorization == f"Bearer {self.hub.refused_token}":
             return self.fail(401, None, "Invalid credentials in Authorization header")
         api = f"/api/models/{REPO}"

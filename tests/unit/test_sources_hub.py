@@ -266,6 +266,11 @@ def test_an_unreachable_hub_is_named(download: Download) -> None:
     assert "the Hub at http://127.0.0.1:9 cannot be reached" in text
 
 
+def test_a_hub_that_is_down_is_named(download: Download, hub: Hub) -> None:
+    hub.down = True
+    assert f"{REPO}: {hub.url} answered 503" in download.refused()
+
+
 def test_offline_mode_is_named(download: Download, hub: Hub) -> None:
     assert "HF_HUB_OFFLINE" in download.refused(HF_HUB_OFFLINE="1")
     assert not hub.requests
