@@ -2,11 +2,13 @@
 import os
 
 from megaqwen.config import load_config
+from megaqwen.config.checks import check_model_fits
 from megaqwen.data.files import corpus_files
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import write_text
+from megaqwen.sources.known import known_hf_config
 from megaqwen.summary import ended_lines, resolved_yaml
 
 try:
@@ -36,7 +38,14 @@ def rank_command(wildcards, resources):
 
 
 def launch_command(wildcards, resources):
-    """What starts the ranks."""
+    """What starts the ranks, once it is known that the training fits on them."""
+    hf_config = known_hf_config(LAYOUT)
+    # Resources are not resolved yet when Snakemake asks for the first time.
+    if hf_config and isinstance(resources.get("nodes"), int):
+        world_size = resources.nodes * resources.ranks_per_node
+        mistakes = check_model_fits(CONFIG, hf_config, world_size)
+        if mistakes:
+            raise WorkflowError("this training does not fit:", *mistakes)
     return f"python {SCRIPTS / 'launch.py'}"
 
 

@@ -60,13 +60,16 @@ def main() -> int:
 
 
 def show_failure(log: Path) -> None:
-    """Say which ranks failed and with what, where none of them spoke on the terminal."""
+    """Say which rank failed and with what, unless the last one has said it on the terminal."""
+    errors = {}
     for path in sorted(log.parent.glob(f"{log.name}.rank*.log")):
-        errors = [
-            line for line in path.read_text(errors="replace").splitlines() if "error: " in line
-        ]
-        if errors:
-            sys.stderr.write(f"  {path}: {errors[-1].split('error: ', 1)[1]}\n")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [line for line in lines if " ERROR " in line]
+        errors[path] = found[-1].split(" ERROR ", 1)[1] if found else ""
+    if errors and not list(errors.values())[-1]:
+        for path, error in errors.items():
+            sys.stderr.write(f"  {path.name}: {error or 'ended without a message'}\n")
+    sys.stderr.write(f"  logs of the ranks: {log}.rank*.log\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Started once for each rank, by torchrun or by srun (scripts/launch.py does eithe
         --model HF_DIRECTORY --checkpoint MEGATRON_CHECKPOINT --data DATA_DIRECTORY --output DIRECTORY
 
 The first start takes its weights from --checkpoint; later ones resume from DIRECTORY/checkpoints/DIGEST,
-named after the config of training, which also gets metrics.jsonl and tensorboard/. When the last iteration
+named after the config of training, which gets metrics.jsonl and tensorboard/ too. When the last one
 is saved, DIRECTORY gets manifest.json.
 """
 

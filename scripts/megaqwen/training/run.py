@@ -69,8 +69,8 @@ def pretrain_run(run: TrainingRun) -> None:
         pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         raise StoppedEarly(
-            f"stopped after iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters}; it is saved: "
-            "the same command goes on from there"
+            f"stopped after iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters},"
+            " which is saved: the same command goes on from there"
         ) from stop
     torch.distributed.barrier()
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
