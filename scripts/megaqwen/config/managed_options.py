@@ -67,7 +67,8 @@ BY_NAME: dict[str, str] = {
         exit_on_missing_checkpoint no_save_optim no_save_rng no_load_optim no_load_rng
         load_main_params_from_ckpt dist_ckpt_save_pre_mcore_014 dist_ckpt_optim_fully_reshardable
         strict_fsdp_dtensor_load dist_ckpt_strictness non_persistent_ckpt_type
-        non_persistent_save_interval non_persistent_local_ckpt_algo""",
+        non_persistent_save_interval non_persistent_local_ckpt_algo replication replication_jump
+        replication_factor""",
     LAUNCH: """
         distributed_backend local_rank lazy_mpu_init fake_process_group transformer_impl
         use_cpu_initialization use_gloo_process_groups""",
@@ -91,7 +92,10 @@ BY_NAME: dict[str, str] = {
         mtp_standalone use_mup bert_binary_head flash_decode mlp_chunks_for_prefill
         nccl_all_reduce_for_prefill moe_pad_experts_for_cuda_graph_inference symmetric_ar_type
         inference_rng_tracker skip_train test_mode freeze_all_layers check_for_spiky_loss
-        use_megatron_fsdp use_torch_fsdp2 init_model_with_meta_device""",
+        use_megatron_fsdp use_torch_fsdp2 init_model_with_meta_device data_parallel_sharding_strategy
+        outer_dp_sharding_strategy enable_full_sharding_in_hsdp keep_fp8_transpose_cache
+        suggested_communication_unit_size create_all_gather_group
+        tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards""",
 }
 BY_PREFIX: dict[str, str] = {
     "tokenizer_": TOKENIZER,

@@ -15,8 +15,7 @@ LONGEST_SHOWN = 80  # characters of a value
 MOST_LISTED = 16  # choices
 
 PATTERN_WORDS = {
-    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-' that starts with one "
-    "of the first two",
+    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-'",
     r"^[\w.-]+/[\w.-]+$": "OWNER/NAME, such as Qwen/Qwen3-0.6B",
 }
 

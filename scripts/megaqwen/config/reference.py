@@ -66,4 +66,4 @@ def train_rows() -> Iterator[tuple[str, str, str, str]]:
     for name in REQUIRED:
         option = megatron_options()[name]
         yield f"`train.{name}`", words[option["type"]], "required", option["help"]
-    yield "`train.*`", "by the option", "Megatron's", "Any other option of Megatron's: see below."
+    yield "`train.*`", "by the option", "Megatron's", "Any other option of Megatron's: see above."
