@@ -176,6 +176,13 @@ def test_none_removes_a_key(base: Path, values: dict[str, Any]) -> None:
     assert values == before
 
 
+def test_an_overlay_file_gives_a_key_once(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "overlay.yaml"
+    file.write_text("train:\n  lr: 1e-3\n  lr: 2e-3\n")
+    with pytest.raises(ConfigError, match=r"overlay.yaml, line 3, .* first in line 2"):
+        load_config(base, yaml.safe_load(file.read_text()), [file])
+
+
 def test_values_from_the_command_line_have_no_types(base: Path) -> None:
     overlay = {"run": 7, "train": {"lr": "1e-3", "train_iters": "20", "bf16": "true"}}
     config = load_config(base, overlay | {"data": {"split": ["90", "5", 5]}})

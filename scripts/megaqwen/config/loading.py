@@ -1,7 +1,7 @@
 """From YAML files to a validated Config, with every mistake reported in one pass."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,20 @@ def validate_config(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def load_config(path: Path, overlay: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: Path, overlay: Mapping[str, Any] | None = None, overlay_files: Iterable[Path] = ()
+) -> Config:
     """Read, merge and validate.
 
     Args:
         path: The base file.
         overlay: What Snakemake gathered from `--configfile` and `--config`.
+        overlay_files: The files of `--configfile`, to be read for what Snakemake does not report: a
+            key that is given twice, or the line of an error.
     """
     base = read_yaml(path)
+    for file in overlay_files:
+        read_yaml(Path(file))
     over: dict[str, Any] = plain(overlay or {})
     _, mistakes = examine(merge_overlay(base, over))
     if mistakes and over:
