@@ -12,7 +12,8 @@ from megaqwen.sources.known import known_hf_config
 from megaqwen.summary import ended_lines, resolved_yaml
 
 try:
-    CONFIG = load_config(Path("config/config.yaml"), config)
+    overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
+    CONFIG = load_config(Path("config/config.yaml"), config, overlay_files)
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
