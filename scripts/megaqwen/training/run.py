@@ -23,6 +23,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megaqwen.errors import InputError
 from megaqwen.provenance import peak_memory_bytes
+from megaqwen.training import torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
 from megaqwen.training.forward import forward_step
@@ -48,6 +49,7 @@ def pretrain_run(run: TrainingRun) -> None:
     gpu = not cpu_emulation.available()
     if not gpu:
         cpu_emulation.install_training()
+        torch_adam_resume.install()
     paths = RunPaths(
         pretrained=run.checkpoint,
         checkpoints=run.checkpoints,
