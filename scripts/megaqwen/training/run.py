@@ -132,8 +132,7 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
 
     def training_log(*values: Any, **named: Any) -> Any:
         result = megatron_log(*values, **named)
-        if not named.get("is_first_iteration"):
-            writer.end_iteration(values[3])
+        writer.end_iteration(values[3])
         return result
 
     megatron_training.training_log = training_log
