@@ -54,7 +54,7 @@ def jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
 
 def parse_record(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line."""
-    text = decode(line, where)
+    text = decode(line, where).rstrip("\r\n")
     try:
         record = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
