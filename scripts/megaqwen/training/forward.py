@@ -38,7 +38,9 @@ def micro_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch
         source = mpu.get_tensor_model_parallel_src_rank()
         for tensor in batch.values():
             torch.distributed.broadcast(tensor, source, group=mpu.get_tensor_model_parallel_group())
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+    # Without a group it would cut each sequence among all ranks of the job.
+    group = mpu.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 
 
 def summed_loss(
