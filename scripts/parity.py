@@ -37,6 +37,8 @@ def parity(arguments: argparse.Namespace) -> None:
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
     )
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     import torch
     from transformers import AutoTokenizer

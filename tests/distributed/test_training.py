@@ -4,44 +4,15 @@ The same four iterations run under each parallel layout. In float32 the layouts 
 sums alone: the first loss within 1e-4, the later ones within 1e-3.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from megaqwen.provenance import read_json
-from megaqwen.training.metrics import read_metrics
+from workspace import Workspace, differing, forget_after, losses, prepare, weights
 
-ROOT = Path(__file__).parents[2]
-TRACKER = "latest_checkpointed_iteration.txt"
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
-OPTIONS: dict[str, Any] = {
-    "seq_length": 64,
-    "micro_batch_size": 2,
-    "global_batch_size": 4,
-    "train_iters": 4,
-    "lr": 2.0e-3,
-    "min_lr": 1.0e-4,
-    "lr_decay_style": "cosine",
-    "lr_warmup_iters": 1,
-    "weight_decay": 0.1,
-    "clip_grad": 1.0,
-    "seed": 1234,
-    "bf16": False,
-    "save_interval": 2,
-    "eval_interval": 4,
-    "eval_iters": 1,
-    "log_interval": 1,
-}
 DISTRIBUTED_OPTIMIZER = {"use_distributed_optimizer": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -50,72 +21,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def script(name: str, *words: object, environment: Mapping[str, str] | None = None) -> None:
-    """Run a script of the project; what it printed is the message when it fails."""
-    process = subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workspace:
-    """A model, its Megatron checkpoint and its tokenized corpus."""
-
-    directory: Path
-
-    def config(self, name: str, options: Mapping[str, Any]) -> Path:
-        """Write a config whose section train is OPTIONS and `options`."""
-        corpus = {
-            "name": "lines",
-            "source": "files",
-            "files": [str(self.directory / "lines.jsonl")],
-            "text_field": "text",
-            "weight": 1.0,
-        }
-        config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
-        config["data"] = {"corpora": [corpus], "split": [60, 20, 20], "seed": 1234}
-        config["train"] = {**OPTIONS, **options}
-        path = self.directory / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    def train(self, name: str, ranks: int, options: Mapping[str, Any]) -> Path:
-        """Train, or resume; the directory with metrics.jsonl and the checkpoints."""
-        output = self.directory / name
-        script(
-            "launch.py",
-            *("--launcher", "torchrun", "--ranks-per-node", ranks),
-            *("--log", self.directory / f"{name}.log", ROOT / "scripts" / "train.py"),
-            *("--config", self.config(name, options), "--model", self.directory / "model" / "hf"),
-            *("--checkpoint", self.directory / "megatron" / "checkpoint"),
-            *("--data", self.directory / "data", "--output", output),
-        )
-        (checkpoints,) = (output / "checkpoints").iterdir()
-        return checkpoints
-
-
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The stages before training, run as the workflow runs them."""
-    directory = tmp_path_factory.mktemp("training")
-    workspace = Workspace(directory=directory)
-    with open(directory / "lines.jsonl", "w", encoding="utf-8") as stream:
-        for number in range(200):
-            words = " ".join(f"{number * factor % 97} is not {factor}" for factor in range(2, 12))
-            stream.write(json.dumps({"text": f"Line {number}: {words}."}) + "\n")
-    config = workspace.config("stages", {})
-    model = directory / "model" / "hf"
-    script("download.py", "--config", config, "--output", directory / "model")
-    script(
-        *("convert.py", "--config", config, "--model", model, "--output", directory / "megatron")
-    )
-    script(*("preprocess.py", "--config", config, "--model", model, "--output", directory / "data"))
-    return workspace
+    return prepare(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session")
@@ -126,32 +34,6 @@ def one_rank(workspace: Workspace) -> Path:
 @pytest.fixture(scope="session")
 def data_parallel(workspace: Workspace) -> Path:
     return workspace.train("data-parallel", 2, DISTRIBUTED_OPTIMIZER)
-
-
-def losses(checkpoints: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(checkpoints / "metrics.jsonl") if "loss" in row]
-
-
-def weights(workspace: Workspace, checkpoints: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint as the export writes them."""
-    from megaqwen.weights import read_hf_tensors
-
-    config = read_json(workspace.directory / "model" / "hf" / "config.json")
-    return dict(read_hf_tensors(checkpoints, config, iteration=iteration))
-
-
-def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
-def forget_after(checkpoints: Path, iteration: int) -> None:
-    """Leave things as a kill does that came after this iteration's checkpoint."""
-    for directory in checkpoints.glob("iter_*"):
-        if int(directory.name.removeprefix("iter_")) > iteration:
-            shutil.rmtree(directory)
-    (checkpoints / TRACKER).write_text(str(iteration))
-    (checkpoints.parents[1] / "manifest.json").unlink()
 
 
 def test_one_rank_learns(workspace: Workspace, one_rank: Path) -> None:

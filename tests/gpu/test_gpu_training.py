@@ -1,0 +1,94 @@
+"""Training on a GPU with Transformer Engine: the CPU's curve, exact resumption, and the parity gates.
+
+Skipped without a GPU: run `uv sync --extra gpu` and `uv run pytest tests/gpu` on a machine that has one.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaqwen.provenance import read_json
+from workspace import Workspace, differing, forget_after, losses, prepare, script, weights
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU: run `uv sync --extra gpu && uv run pytest tests/gpu` on a machine that has one",
+)
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+BF16 = {"bf16": True}
+LOSS_BOUND_FLOAT32, LOSS_BOUND_BF16 = 1e-3, 2e-2  # nats per token
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return prepare(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(workspace: Workspace) -> Path:
+    return workspace.train("cpu", 1, {}, ON_CPU)
+
+
+@pytest.fixture(scope="module")
+def in_bf16(workspace: Workspace) -> Path:
+    return workspace.train("bf16", 1, BF16)
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def test_float32_follows_the_cpu(workspace: Workspace, on_cpu: Path) -> None:
+    curve = losses(workspace.train("float32", 1, {}))
+    difference = largest_difference(curve, losses(on_cpu))
+    print(f"float32 on GPU against CPU: {difference:.2e} nats")
+    assert difference < LOSS_BOUND_FLOAT32
+
+
+def test_bf16_follows_the_cpu(on_cpu: Path, in_bf16: Path) -> None:
+    difference = largest_difference(losses(in_bf16), losses(on_cpu))
+    print(f"bf16 on GPU against float32 on CPU: {difference:.2e} nats")
+    assert 0 < difference < LOSS_BOUND_BF16
+
+
+def test_bf16_resumes_in_the_same_bits(workspace: Workspace, in_bf16: Path) -> None:
+    expected, curve = weights(workspace, in_bf16, 4), losses(in_bf16)
+    forget_after(in_bf16, 2)
+    assert workspace.train("bf16", 1, BF16) == in_bf16
+    log = (workspace.directory / "bf16.log.rank0.log").read_text()
+    assert "resuming after iteration 2" in log
+    assert losses(in_bf16) == curve
+    assert differing(weights(workspace, in_bf16, 4), expected) == []
+
+
+def test_a_training_moves_from_cpu_to_gpu_and_back(workspace: Workspace, on_cpu: Path) -> None:
+    curve = losses(on_cpu)
+    forget_after(on_cpu, 2)
+    workspace.train("cpu", 1, {})
+    assert "resuming after iteration 2" in (workspace.directory / "cpu.log.rank0.log").read_text()
+    assert largest_difference(losses(on_cpu), curve) < LOSS_BOUND_FLOAT32
+    forget_after(on_cpu, 2)
+    workspace.train("cpu", 1, {}, ON_CPU)
+    assert largest_difference(losses(on_cpu), curve) < LOSS_BOUND_FLOAT32
+
+
+@pytest.mark.parametrize("dtype", ["source", "float32"])
+def test_what_was_trained_in_bf16_passes_the_gates(
+    workspace: Workspace, in_bf16: Path, dtype: str
+) -> None:
+    directory = workspace.directory
+    config = workspace.config(f"export-{dtype}", BF16, export={"dtype": dtype})
+    exported = directory / f"export-{dtype}"
+    script(
+        *("export.py", "--config", config, "--model", directory / "model" / "hf"),
+        *("--checkpoint", in_bf16, "--train-manifest", in_bf16.parents[1] / "manifest.json"),
+        *("--output", exported),
+    )
+    verdict = directory / f"parity-{dtype}.json"
+    script(
+        *("parity.py", "--config", config, "--crossing", "export", "--model", exported / "hf"),
+        *("--checkpoint", in_bf16, "--data", directory / "data", "--output", verdict),
+        *("--checkpoint-manifest", in_bf16.parents[1] / "manifest.json"),
+    )
+    assert read_json(verdict)["results"]["verdict"] == "passed"
