@@ -3,10 +3,11 @@
     python scripts/parity.py --config config/config.yaml --crossing convert \\
         --model HF_DIRECTORY --checkpoint CHECKPOINTS --data DATA_DIRECTORY --output parity.json
 
-Every tensor is compared by its bits, and the float32 logits at every position of the config's texts
+Every tensor is compared by its bits, the options that the checkpoint records of its model with what
+config.json says, and the float32 logits at every position of the config's texts
 and of documents that were held out from training. The gates and their thresholds stand in
 scripts/megaqwen/parity/gates.py. When one fails, what was measured is kept as failed.json beside
-the output, and the exit status is not zero.
+the output, which is not written, nor is an earlier one kept; the exit status is then 2.
 """
 
 import argparse
@@ -15,37 +16,70 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megaqwen.config import load_config
+from megaqwen.config import Config, load_config
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, write_json
 
+if TYPE_CHECKING:
+    from megaqwen.parity.gates import Comparison, Gate
+
 logger = logging.getLogger("megaqwen.parity")
 
 CAUSES = {
     "tensors": "the weight mapping (QKV interleaving, gate and up, a tied head) or a stale checkpoint",
+    "architecture": "config.json was changed after the checkpoint was made",
     "logits": "rope base, norm epsilon, a dropped bias, or the attention scale",
 }
 
 
 def parity(arguments: argparse.Namespace) -> None:
-    """Run the gates."""
+    """Run the gates, and write the verdict where all of them passed."""
     config = load_config(arguments.config)
     record = StageRecord(
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
     )
+    arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gates, comparisons = run_gates(arguments, config)
+    failed = [gate for gate in gates if not gate.passed]
+    results = {
+        "crossing": arguments.crossing,
+        "verdict": "failed" if failed else "passed",
+        "gates": [gate.facts() for gate in gates],
+        "texts": [asdict(comparison) for comparison in comparisons],
+        "positions": sum(comparison.positions for comparison in comparisons),
+    }
+    failure = arguments.output.with_name("failed.json")
+    if failed:
+        write_json(failure, results)
+        names = [gate.name for gate in failed]
+        raise InputError(
+            f"parity after {arguments.crossing} failed at {', '.join(names)}. {failed[0]}. "
+            f"Likely: {likely_cause(names)}. All figures: {failure}"
+        )
+    inputs = {"model": arguments.model.parent / "manifest.json"}
+    if arguments.checkpoint_manifest:
+        inputs["checkpoint"] = arguments.checkpoint_manifest
+    failure.unlink(missing_ok=True)
+    record.write(arguments.output, inputs=inputs, results=results)
+    logger.info("parity after %s: passed at %d positions", arguments.crossing, results["positions"])
 
+
+def run_gates(
+    arguments: argparse.Namespace, config: Config
+) -> tuple[list["Gate"], list["Comparison"]]:
+    """What was measured at every gate, and for every text."""
     import torch
-    from transformers import AutoTokenizer
 
-    from megaqwen.data.splits import heldout_documents
-    from megaqwen.parity.gates import compare_logits, forward_gates, tensors_gate
-    from megaqwen.parity.models import HuggingFaceModel, MegatronModel
+    from megaqwen.architecture import megatron_options
+    from megaqwen.parity import gates
+    from megaqwen.parity.models import HuggingFaceModel, MegatronModel, recorded_options
     from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
 
     weights = HuggingFaceWeights(arguments.model)
@@ -54,8 +88,39 @@ def parity(arguments: argparse.Namespace) -> None:
         weights.config,
         dtypes=weights.dtypes if arguments.crossing == "export" else None,
     )
-    tensors = tensors_gate(weights.read, streamed)
-    logger.info("%s", tensors)
+    measured = [gates.tensors_gate(weights.read, streamed)]
+    described = megatron_options(weights.config)
+    del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens
+    recorded = recorded_options(arguments.checkpoint, described)
+    measured.append(gates.architecture_gate(recorded, described))
+
+    limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
+    texts = tokenized_texts(arguments, config, limit)
+    reference = HuggingFaceModel(arguments.model)
+    megatron = MegatronModel(arguments.checkpoint, recorded, weights.config["vocab_size"], limit)
+    comparisons = []
+    for name, ids in texts.items():
+        tokens = torch.tensor(ids)
+        comparisons.append(
+            gates.compare_logits(name, tokens, reference.logits(tokens), megatron.logits(tokens))
+        )
+    measured += gates.forward_gates(comparisons, config.parity.max_logit_difference)
+    for gate in measured:
+        logger.info("%s %s", "passed" if gate.passed else "FAILED", gate)
+    return measured, comparisons
+
+
+def tokenized_texts(
+    arguments: argparse.Namespace, config: Config, limit: int
+) -> dict[str, list[int]]:
+    """Token ids of the config's texts and of each corpus's held-out documents, by name.
+
+    Raises:
+        InputError: None of them has two tokens.
+    """
+    from transformers import AutoTokenizer
+
+    from megaqwen.data.splits import heldout_documents
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = {
@@ -69,45 +134,16 @@ def parity(arguments: argparse.Namespace) -> None:
         texts |= {
             f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
         }
-    limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
     texts = {name: tokens[:limit] for name, tokens in texts.items() if len(tokens) > 1}
     if not texts:
         raise InputError("parity.texts and the held-out documents have no text of two tokens")
+    return texts
 
-    reference = HuggingFaceModel(arguments.model)
-    megatron = MegatronModel(arguments.checkpoint, weights.config, limit)
-    comparisons = []
-    for name, ids in texts.items():
-        tokens = torch.tensor(ids)
-        comparisons.append(
-            compare_logits(name, tokens, reference.logits(tokens), megatron.logits(tokens))
-        )
-    gates = [tensors, *forward_gates(comparisons, config.parity.max_logit_difference)]
-    for gate in gates[1:]:
-        logger.info("%s", gate)
-    failed = [gate for gate in gates if not gate.passed]
-    results = {
-        "crossing": arguments.crossing,
-        "verdict": "failed" if failed else "passed",
-        "gates": [gate.facts() for gate in gates],
-        "texts": [asdict(comparison) for comparison in comparisons],
-        "positions": sum(comparison.positions for comparison in comparisons),
-    }
-    failure = arguments.output.with_name("failed.json")
-    if failed:
-        write_json(failure, results)
-        causes = {CAUSES["tensors" if gate.name == "tensors" else "logits"] for gate in failed}
-        raise InputError(
-            f"the parity gate after {arguments.crossing} failed: "
-            + "; ".join(str(gate) for gate in failed)
-            + f". Likely: {' or '.join(sorted(causes))}. All figures: {failure}"
-        )
-    inputs = {"model": arguments.model.parent / "manifest.json"}
-    if arguments.checkpoint_manifest:
-        inputs["checkpoint"] = arguments.checkpoint_manifest
-    failure.unlink(missing_ok=True)
-    record.write(arguments.output, inputs=inputs, results=results)
-    logger.info("parity after %s: passed at %d positions", arguments.crossing, results["positions"])
+
+def likely_cause(failed: list[str]) -> str:
+    """What to look at first, by the names of the gates that failed; logits follow from the others."""
+    first = [name for name in failed if name in ("tensors", "architecture")] or ["logits"]
+    return " or ".join(CAUSES[name] for name in first)
 
 
 def main() -> int:

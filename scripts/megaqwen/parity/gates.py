@@ -3,13 +3,14 @@
 | gate | statistic | threshold | reason |
 |---|---|---|---|
 | tensors | tensors that differ in dtype, shape or any bit | 0 | conversion copies and reorders |
+| architecture | Megatron's options that differ between checkpoint and config.json | 0 | one model |
 | logits | largest difference of two float32 logits | parity.max_logit_difference | rounding of sums |
 | argmax | positions whose likeliest token differs | 0 | greedy decoding must not change |
 | kl | largest KL divergence at one position, in nats | 1e-6 | 100 times what rounding gives |
 | loss | difference of the mean losses, in nats per token | 1e-5 | perplexity to 5 digits |
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,21 +148,52 @@ def tensors_gate(read: Callable[[str], Tensor], streamed: Iterable[tuple[str, Te
         read: Gives the Hugging Face tensor of a name.
         streamed: Pairs of name and tensor that came back from Megatron's checkpoint.
     """
-    different: list[str] = []
+    different: dict[str, str] = {}
     seen = 0
     for name, tensor in streamed:
         seen += 1
-        other = read(name)
-        same = other.dtype == tensor.dtype and other.shape == tensor.shape
-        if not (same and torch.equal(bits(other), bits(tensor))):
-            different.append(name)
-    detail = f"of {seen} tensors; the first that differs: {different[0]}" if different else ""
+        if how := difference(read(name), tensor):
+            different[name] = how
+    name, how = next(iter(different.items()), ("", ""))
     return Gate(
         name="tensors",
         statistic="tensors that differ in any bit",
         value=len(different),
         threshold=0,
-        detail=detail,
+        detail=f"of {seen} tensors; the first that differs: {name} ({how})" if different else "",
+    )
+
+
+def difference(expected: Tensor, found: Tensor) -> str:
+    """How two tensors differ in their bits, for a person; nothing where they do not."""
+    kinds = [f"{str(each.dtype)[6:]} {list(each.shape)}" for each in (found, expected)]
+    if kinds[0] != kinds[1]:
+        return f"{kinds[0]}, to be {kinds[1]}"
+    width = expected.element_size()
+    elements = (bits(expected) != bits(found)).reshape(-1, width).any(dim=1)
+    if not elements.any():
+        return ""
+    largest = (expected.double() - found.double()).abs().max()
+    return f"{int(elements.sum()):,} of {len(elements):,} elements, by at most {largest:.3g}"
+
+
+def architecture_gate(recorded: Mapping[str, Any], described: Mapping[str, Any]) -> Gate:
+    """The gate on what shapes a model beside its weights.
+
+    Args:
+        recorded: Megatron's options that the checkpoint records.
+        described: Those that config.json comes to.
+    """
+    different = [name for name, value in described.items() if recorded[name] != value]
+    return Gate(
+        name="architecture",
+        statistic="options that differ",
+        value=len(different),
+        threshold=0,
+        detail=", ".join(
+            f"{name} is {recorded[name]} in the checkpoint and {described[name]} by config.json"
+            for name in different
+        ),
     )
 
 

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,38 @@ if cpu_emulation.available():
     cpu_emulation.install()
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 from transformers import AutoModelForCausalLM
 
-from megaqwen.architecture import megatron_options
 from megaqwen.config.megatron_options import to_arguments
+from megaqwen.errors import InputError
 from megaqwen.training.arguments import CPU_OPTIONS
 from megaqwen.training.model import model_config
 from megaqwen.weights import find_checkpoint
+
+
+def recorded_options(checkpoint: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What a checkpoint itself records of its model, whatever config.json says now.
+
+    Args:
+        checkpoint: The directory with latest_checkpointed_iteration.txt.
+        names: Megatron's options that shape a model or its arithmetic.
+
+    Raises:
+        InputError: The checkpoint records none, or not all of them.
+    """
+    saved = find_checkpoint(checkpoint)
+    recorded = vars(load_common_state_dict(str(saved)).get("args", Namespace()))
+    if missing := [name for name in names if name not in recorded]:
+        raise InputError(
+            f"{saved} does not record its model's options ({', '.join(missing)}):"
+            " convert it again, or save it with Megatron's training"
+        )
+    return {name: recorded[name] for name in names}
 
 
 class HuggingFaceModel:
@@ -50,18 +72,21 @@ class HuggingFaceModel:
 class MegatronModel:
     """Megatron's GPTModel on one rank, in float32, from a torch_dist checkpoint of any layout."""
 
-    def __init__(self, checkpoint: Path, hf_config: Mapping[str, Any], max_tokens: int):
+    def __init__(
+        self, checkpoint: Path, architecture: dict[str, Any], vocabulary: int, max_tokens: int
+    ):
         """Build it as training does, and let Megatron load the checkpoint.
 
         Args:
             checkpoint: The directory with latest_checkpointed_iteration.txt.
-            hf_config: The model's config.json.
+            architecture: The model in Megatron's options, see `recorded_options`.
+            vocabulary: Rows of the embedding that stand for tokens.
             max_tokens: The longest text.
         """
         options = {
-            **megatron_options(hf_config),
+            **architecture,
             **CPU_OPTIONS,
-            "vocab_size": hf_config["vocab_size"],
+            "vocab_size": vocabulary,
             "tokenizer_type": "NullTokenizer",
             "seq_length": max_tokens,
             "micro_batch_size": 1,
@@ -81,7 +106,7 @@ class MegatronModel:
         loaded = dist_checkpointing.load(state, str(find_checkpoint(checkpoint)))
         self.model.load_state_dict(loaded["model"])
         self.model.eval()
-        self.vocabulary = hf_config["vocab_size"]
+        self.vocabulary = vocabulary
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaqwen.architecture import read_architecture, tensor_shapes
+from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
 from megaqwen.weights.reading import MegatronWeights, find_checkpoint
@@ -76,7 +76,10 @@ def convert_to_megatron(model: Path, directory: Path) -> Streamed:
         if total > PROGRESS_BYTES:
             logger.info("%.1f of %.1f GB written", written / 1e9, total / 1e9)
 
-    written = write_checkpoint(directory, transfers, weights.dtypes, weights.read, progress)
+    options = megatron_options(weights.config)
+    written = write_checkpoint(
+        directory, transfers, weights.dtypes, weights.read, options, progress
+    )
     shapes = tensor_shapes(read_architecture(weights.config))
     return streamed(shapes, weights.dtypes, written, started)
 

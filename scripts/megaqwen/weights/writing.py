@@ -6,6 +6,7 @@ an entry for what is no tensor (`common_state`), and empty entries for FP8 state
 """
 
 import io
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def write_checkpoint(
     transfers: Iterable[Transfer],
     dtypes: Mapping[str, torch.dtype],
     read: Callable[[str], Tensor],
+    options: Mapping[str, Any],
     progress: Callable[[int], None] = lambda written: None,
 ) -> int:
     """Write all transfers as a release checkpoint.
@@ -82,6 +84,7 @@ def write_checkpoint(
         transfers: The plan, see `plan_transfers`.
         dtypes: The dtype of each Hugging Face tensor.
         read: Gives the Hugging Face tensor of a name.
+        options: The model in Megatron's options, kept in the checkpoint where training keeps them.
         progress: Called with the tensor bytes written so far, after each file.
 
     Returns:
@@ -97,7 +100,7 @@ def write_checkpoint(
             make[item.index] = tensor_maker(transfer, key_dtypes[transfer.key], read)
         plans.append(SavePlan(items))
     plans.append(SavePlan([]))
-    for name, value in objects(transfers[0].layers).items():
+    for name, value in objects(transfers[0].layers, options).items():
         index = MetadataIndex(name)
         make[index] = object_maker(value)
         plans[-1].items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
@@ -175,13 +178,14 @@ def tensor_maker(
     return make
 
 
-def objects(layers: int) -> dict[str, Any]:
+def objects(layers: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """What is no tensor, by Megatron's keys of sharded objects: name/shard_offset_count."""
     extra = {f"{name}/shard_0_1": None for name in EXTRA_STATES}
     for name in EXTRA_STATES_IN_EACH_LAYER:
         for layer in range(layers):
             extra[f"{MEGATRON_LAYERS}{name}/shard_{layer}_{layers}"] = None
-    return {**extra, "common_state/shard_0_1": COMMON_STATE}
+    common_state = {**COMMON_STATE, "args": Namespace(**options)}
+    return {**extra, "common_state/shard_0_1": common_state}
 
 
 def object_maker(value: Any) -> Callable[[], io.BytesIO]:
