@@ -80,9 +80,10 @@ def run_gates(
     from megaqwen.architecture import megatron_options
     from megaqwen.parity import gates
     from megaqwen.parity.models import HuggingFaceModel, MegatronModel, recorded_options
-    from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
+    from megaqwen.weights import read_hf_tensors
+    from megaqwen.weights.bridge import checked_model
 
-    weights = HuggingFaceWeights(arguments.model)
+    weights, _ = checked_model(arguments.model)
     streamed = read_hf_tensors(
         arguments.checkpoint,
         weights.config,

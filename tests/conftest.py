@@ -1,8 +1,12 @@
 """Fixtures that several rooms' tests share."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from workspace import Workspace
 
 
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, architecture: str) -> Path:
@@ -23,3 +27,11 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory of the tiny Qwen2.5; read it, never write to it."""
     return tiny_model(tmp_path_factory, "qwen2")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> "Workspace":
+    """The stages before training, done once; read them, and write beside them only."""
+    from workspace import prepare
+
+    return prepare(tmp_path_factory.mktemp("workspace"))

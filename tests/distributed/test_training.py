@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megaqwen.provenance import read_json
-from workspace import Workspace, differing, forget_after, losses, prepare, weights
+from workspace import Workspace, differing, forget_after, losses, weights
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
 DISTRIBUTED_OPTIMIZER = {"use_distributed_optimizer": True}
@@ -19,11 +19,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline": {"pipeline_model_parallel_size": 2},
     "data-parallel": DISTRIBUTED_OPTIMIZER,
 }
-
-
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return prepare(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,174 @@
+"""scripts/parity.py as the workflow runs it: what passes, and that each mistake fails by its name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megaqwen.provenance import read_json, write_json
+from megaqwen.weights import convert_to_megatron
+from workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+LAYER = "model.layers.2"
+TEXTS = ["The quick brown fox.", "今天天气很好。"]
+Tensors = dict[str, torch.Tensor]
+GATES = ["tensors", "architecture", "logits", "argmax", "kl", "loss"]
+
+
+class Crossing:
+    """A model directory and the Megatron checkpoint that was made of it, before a mistake."""
+
+    def __init__(self, directory: Path, model: Path, checkpoint: Path, data: Path):
+        self.model = directory / "model" / "hf"
+        shutil.copytree(model, self.model)
+        write_json(directory / "model" / "manifest.json", {})
+        self.checkpoint = checkpoint
+        self.data = data
+        self.output = directory / "parity" / "parity.json"
+        write_json(self.output, {"results": {"verdict": "passed"}})  # of an earlier run
+        config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+        config["data"]["corpora"][0]["name"] = "lines"
+        config["data"]["split"] = [60, 20, 20]
+        config["parity"] |= {"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40}
+        self.config = directory / "config.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+
+    def change(self, change: Callable[[Tensors], None]) -> None:
+        """Change tensors of the model directory."""
+        tensors = load_file(self.model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, self.model / "model.safetensors", metadata={"format": "pt"})
+
+    def run(self) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        words = {
+            "config": self.config,
+            "crossing": "convert",
+            "model": self.model,
+            "checkpoint": self.checkpoint,
+            "data": self.data,
+            "output": self.output,
+            "log": self.output.with_name("log"),
+        }
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "scripts/parity.py"),
+                *(str(word) for name, value in words.items() for word in (f"--{name}", value)),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def failure(self) -> tuple[str, dict[str, dict[str, Any]]]:
+        """What a run says that fails as it should: its message, and the failed gates."""
+        code, text = self.run()
+        assert code == 2, text
+        assert not self.output.exists(), "an earlier verdict would stand for this one"
+        found = read_json(self.output.with_name("failed.json"))
+        assert found["verdict"] == "failed" and "Traceback" not in text
+        assert [gate["name"] for gate in found["gates"]] == GATES
+        (message,) = (line for line in text.splitlines() if "error:" in line)
+        assert "failed.json" in message
+        return message, {gate["name"]: gate for gate in found["gates"] if not gate["passed"]}
+
+
+@pytest.fixture
+def qwen3(tmp_path: Path, workspace: Workspace) -> Crossing:
+    stages = workspace.directory
+    return Crossing(tmp_path, stages / "model/hf", stages / "megatron/checkpoint", stages / "data")
+
+
+@pytest.fixture
+def qwen2(tmp_path: Path, workspace: Workspace, tiny_qwen2: Path) -> Crossing:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    convert_to_megatron(tiny_qwen2, checkpoint)
+    return Crossing(tmp_path, tiny_qwen2, checkpoint, workspace.directory / "data")
+
+
+def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
+    write_json(qwen3.output.with_name("failed.json"), {})
+    code, text = qwen3.run()
+    assert code == 0, text
+    assert not qwen3.output.with_name("failed.json").exists()
+    manifest = read_json(qwen3.output)
+    assert (manifest["stage"], set(manifest["inputs"])) == ("parity_convert", {"model"})
+    found = manifest["results"]
+    assert (found["crossing"], found["verdict"]) == ("convert", "passed")
+    bounds = {gate["name"]: gate["threshold"] for gate in found["gates"]}
+    assert bounds == dict(zip(GATES, (0, 0, 1e-4, 0, 1e-6, 1e-5), strict=True))
+    for gate in found["gates"]:
+        assert gate["passed"] and 0 <= gate["value"] <= gate["threshold"]
+        assert f"passed {gate['name']}: {gate['statistic']} " in text
+    assert [row["text"] for row in found["texts"]] == ["text 1", "text 2", "lines 1", "lines 2"]
+    assert found["positions"] == sum(row["positions"] for row in found["texts"])
+    assert 7 < found["texts"][2]["loss"] < 9  # about log(2560): the model is random
+    assert found["texts"][2]["positions"] == 40
+
+
+def test_one_flipped_bit_fails_at_its_tensor(qwen3: Crossing) -> None:
+    name = f"{LAYER}.mlp.down_proj.weight"
+
+    def flip(tensors: Tensors) -> None:
+        tensors[name].view(torch.int32)[3, 5] ^= 1
+
+    qwen3.change(flip)
+    message, failed = qwen3.failure()
+    assert list(failed) == ["tensors"]
+    assert failed["tensors"]["value"] == 1
+    place = f"of 46 tensors; the first that differs: {name} (1 of 98,304 elements, by at most "
+    assert place in failed["tensors"]["detail"] and place in message
+    assert "failed at tensors." in message and "the weight mapping" in message
+
+
+def test_another_rope_base_fails_though_all_tensors_are_equal(qwen3: Crossing) -> None:
+    path = qwen3.model / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("rope_parameters", None)
+    path.write_text(json.dumps({**config, "rope_theta": 10000.0}))
+    message, failed = qwen3.failure()
+    assert "tensors" not in failed
+    assert {"architecture", "logits"} <= failed.keys()
+    place = "rotary_base is 1000000 in the checkpoint and 10000 by config.json"
+    assert failed["architecture"]["detail"] == place and place in message
+    assert failed["logits"]["value"] > 1e-3
+    assert " at position " in failed["logits"]["detail"]
+
+
+def test_a_dropped_bias_fails_both_ways(qwen2: Crossing) -> None:
+    name = f"{LAYER}.self_attn.k_proj.bias"
+    qwen2.change(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])}))
+    message, failed = qwen2.failure()
+    assert {"tensors", "logits"} <= failed.keys() and "architecture" not in failed
+    assert f"{name} (64 of 64 elements, by at most 0." in message
+
+
+def test_a_bias_that_is_not_in_the_file_is_named(qwen2: Crossing) -> None:
+    name = f"{LAYER}.self_attn.k_proj.bias"
+    qwen2.change(lambda tensors: tensors.pop(name) and None)
+    code, text = qwen2.run()
+    assert code == 2, text
+    assert f"{name}: missing" in text and "Traceback" not in text
+    assert not qwen2.output.exists()
+
+
+def test_gate_and_up_swapped_fail_both_ways(qwen3: Crossing) -> None:
+    gate, up = (f"{LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    qwen3.change(lambda tensors: tensors.update({gate: tensors[up], up: tensors[gate]}))
+    message, failed = qwen3.failure()
+    assert {"tensors", "logits"} <= failed.keys()
+    assert failed["tensors"]["value"] == 2
+    assert f"the first that differs: {gate} (" in message
