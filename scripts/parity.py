@@ -77,6 +77,10 @@ def run_gates(
     """What was measured at every gate, and for every text."""
     import torch
 
+    from megaqwen.training import cpu_emulation
+
+    cpu_emulation.install()  # before anything imports Megatron
+
     from megaqwen.architecture import megatron_options
     from megaqwen.parity import gates
     from megaqwen.parity.models import HuggingFaceModel, MegatronModel, recorded_options

@@ -1,6 +1,7 @@
 """Tokenize the corpora of a config into Megatron's .bin and .idx, with the model's own tokenizer.
 
-Every document is ended by <|endoftext|>. The output directory gets, for each corpus, NAME.bin and
+Every document is ended by <|endoftext|>. Text is only ever text: the characters of a special token in
+a document are split like any others. The output directory gets, for each corpus, NAME.bin and
 NAME.idx; card.json, which says what is in them (documents, tokens, bytes, unigram entropy in nats a
 token, a sample); and manifest.json. It appears under its name when all of it is there.
 

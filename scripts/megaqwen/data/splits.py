@@ -1,5 +1,6 @@
 """Which documents of a tokenized corpus are held out from training: Megatron's own arithmetic."""
 
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 
-def split_argument(split: list[float]) -> str:
+def split_argument(split: Sequence[float]) -> str:
     """The value of Megatron's --split, such as 96,2,2.
 
     Written without exponents, which Megatron's parser takes for two numbers.
@@ -19,7 +20,7 @@ def split_argument(split: list[float]) -> str:
     return ",".join(format(Decimal(repr(share)), "f") for share in split)
 
 
-def split_documents(documents: int, split: list[float]) -> list[range]:
+def split_documents(documents: int, split: Sequence[float]) -> list[range]:
     """The document indices of the training, validation and test share.
 
     As in BlendedMegatronDatasetBuilder: each bound is rounded to the nearest document (half to
@@ -39,7 +40,7 @@ def split_documents(documents: int, split: list[float]) -> list[range]:
     ]
 
 
-def heldout_documents(prefix: Path, split: list[float], count: int) -> list[list[int]]:
+def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[list[int]]:
     """Token ids of the first documents of the test share, without their end-of-document token.
 
     Args:

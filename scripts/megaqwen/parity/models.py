@@ -1,4 +1,7 @@
-"""The two models that are compared, each in float32: transformers' and Megatron's."""
+"""The two models that are compared, each in float32 on the CPU: transformers' and Megatron's.
+
+Call `cpu_emulation.install` before this is imported.
+"""
 
 import os
 import sys
@@ -8,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from megaqwen.training import cpu_emulation
-
-if cpu_emulation.available():
-    cpu_emulation.install()
-
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megaqwen.config.megatron_options import to_arguments

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ CPU_OPTIONS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
 }
-# With one: Transformer Engine over NCCL.
+# With one: Transformer Engine over NCCL. The fusion is on by default and needs an extension of Apex.
 GPU_OPTIONS: dict[str, Any] = {
     "distributed_backend": "nccl",
     "transformer_impl": "transformer_engine",
+    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
 }
 
 

@@ -10,6 +10,7 @@ Found by tracing megatron-core 0.19.2 over gloo: each entry below is called by s
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 
 def available() -> bool:
@@ -134,6 +136,9 @@ def install() -> None:
         raise RuntimeError("CPU emulation refuses to load: this machine has a GPU")
     if isinstance(torch.cuda.default_generators, OneGenerator):
         return
+    # Megatron takes Transformer Engine's and Apex's CUDA kernels wherever it can import them.
+    absent: dict[str, Any] = dict.fromkeys(GPU_PACKAGES)
+    sys.modules.update(absent)  # with None there, an import fails
     # Megatron's jit_fuser is torch.compile: with inductor on a CPU it costs a minute and gains nothing.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     cuda: Any = torch.cuda

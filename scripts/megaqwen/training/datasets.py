@@ -10,6 +10,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.training import get_args
 
+from megaqwen.data.splits import split_argument
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndOfDocument:
@@ -44,22 +46,27 @@ class Corpora:
     tokenizer: EndOfDocument
 
 
+def dataset_config(corpora: Corpora, sequence_length: int) -> GPTDatasetConfig:
+    """What Megatron's datasets are built by; `sequence_length` is the tokens of a sample."""
+    return GPTDatasetConfig(
+        random_seed=corpora.seed,
+        sequence_length=sequence_length,
+        blend=([str(prefix) for prefix in corpora.prefixes], list(corpora.weights)),
+        split=split_argument(corpora.split),
+        path_to_cache=str(corpora.cache),
+        tokenizer=corpora.tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+
 def dataset_provider(corpora: Corpora) -> Any:
     """The function that `pretrain` asks for its training, validation and test sets."""
 
     def provide(samples: Sequence[int], vp_stage: int | None = None) -> Any:
-        config = GPTDatasetConfig(
-            random_seed=corpora.seed,
-            sequence_length=get_args().seq_length,
-            blend=([str(prefix) for prefix in corpora.prefixes], list(corpora.weights)),
-            split=",".join(str(share) for share in corpora.split),
-            path_to_cache=str(corpora.cache),
-            tokenizer=corpora.tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
+        config = dataset_config(corpora, get_args().seq_length)
 
         def reads_data() -> bool:
             ends = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage) or (
