@@ -23,7 +23,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megaqwen.errors import InputError
 from megaqwen.provenance import peak_memory_bytes
-from megaqwen.training import extra_states, torch_adam_resume
+from megaqwen.training import cpu_checkpoints, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
 from megaqwen.training.forward import forward_step
@@ -48,7 +48,7 @@ def pretrain_run(run: TrainingRun) -> None:
     """
     gpu = not cpu_emulation.available()
     if gpu:
-        extra_states.install()
+        cpu_checkpoints.install()
     else:
         cpu_emulation.install_training()
         torch_adam_resume.install()
