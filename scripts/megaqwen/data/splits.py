@@ -1,6 +1,6 @@
 """Which documents of a tokenized corpus are held out from training: Megatron's own arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -10,6 +10,10 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+
+from megaqwen.errors import InputError
+
+SHARES = ("training", "validation", "test")
 
 
 def split_argument(split: Sequence[float]) -> str:
@@ -38,6 +42,24 @@ def split_documents(documents: int, split: Sequence[float]) -> list[range]:
         else range(0)
         for bound in bounds
     ]
+
+
+def check_shares(documents: Mapping[str, int], split: Sequence[float]) -> None:
+    """InputError where a share of a corpus has no document: Megatron would look for one forever.
+
+    Args:
+        documents: How many documents each corpus has, by its name.
+        split: Shares for training, validation and test.
+    """
+    for corpus, count in documents.items():
+        parts = split_documents(count, split)
+        for name, share, part in zip(SHARES, split, parts, strict=True):
+            if share and not part:
+                raise InputError(
+                    f"corpus {corpus}: none of its {count} documents falls to {name} by data.split"
+                    f" {split_argument(split)}: give {name} a larger share or none at all (0), or"
+                    " give the corpus more documents"
+                )
 
 
 def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ from megatron.training import training as megatron_training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
+from megaqwen.data.splits import check_shares
 from megaqwen.errors import InputError
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_checkpoints, torch_adam_resume
@@ -44,8 +45,11 @@ def pretrain_run(run: TrainingRun) -> None:
     """Train from the last checkpoint, or from the converted weights, to the last iteration.
 
     Raises:
+        InputError: Megatron refuses the options, or a share of a corpus has no document.
         StoppedEarly: A signal ended training; its checkpoint is saved.
     """
+    documents = {name: card["documents"] for name, card in run.data["corpora"].items()}
+    check_shares(documents, run.config.data.split)
     gpu = not cpu_emulation.available()
     if gpu:
         cpu_checkpoints.install()

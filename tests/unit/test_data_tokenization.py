@@ -1,0 +1,231 @@
+"""Tokenized corpora: Megatron's own bytes, the model's own ids, and figures that can be counted again."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from transformers import AutoTokenizer
+
+from megaqwen.config.sections import FilesCorpus
+from megaqwen.data import tokenize_corpus as stage
+from megaqwen.data.splits import check_shares, heldout_documents, split_documents
+from megaqwen.data.tokenization import DocumentTokenizer
+from megaqwen.data.tokenize_corpus import tokenize_corpus
+from megaqwen.data.writing import DocumentWriter
+from megaqwen.errors import InputError
+from megaqwen.provenance import sha256_file
+from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_config
+
+TEXTS = ["The first.", " \n\t", "今天天气很好", "", "a\n\nb  c", "x" * 3000, "<|im_end|>"]
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_qwen3: Path) -> DocumentTokenizer:
+    return DocumentTokenizer(tiny_qwen3)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_qwen3: Path) -> Any:
+    """transformers' tokenizer, as a user of the model loads it."""
+    return AutoTokenizer.from_pretrained(tiny_qwen3)
+
+
+def corpus(path: Path, texts: Sequence[str], **fields: Any) -> FilesCorpus:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values = {"source": "files", "name": path.stem, "files": [str(path)], **fields}
+    return FilesCorpus.model_validate(values)
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    return [document.tolist() for document in IndexedDataset(str(prefix))]
+
+
+# What is on disk
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(2560, "uint16"), (151_936, "int32")])
+def test_the_files_are_megatrons_own_to_the_byte(
+    tmp_path: Path, plain: Any, vocabulary: int, dtype: str
+) -> None:
+    ids = [plain.encode(text) for text in TEXTS if text.strip()]
+    ids = [[*document, plain.convert_tokens_to_ids(END)] for document in ids]
+    with DocumentWriter(tmp_path / "ours", vocabulary) as writer:
+        for document in ids:
+            writer.add(numpy.array(document, numpy.int32))
+    assert writer.dtype.__name__ == dtype
+
+    # As Megatron's tools/preprocess_data.py does it.
+    builder = IndexedDatasetBuilder(f"{tmp_path}/theirs.bin", dtype=numpy.dtype(dtype).type)
+    for document in ids:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{tmp_path}/theirs.idx")
+    for suffix in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{name}.{suffix}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert documents(tmp_path / "ours") == ids
+
+
+def test_documents_are_the_models_ids_in_their_order_and_ended(
+    tmp_path: Path, tokenizer: DocumentTokenizer, plain: Any
+) -> None:
+    card = tokenize_corpus(corpus(tmp_path / "notes.jsonl", TEXTS), tokenizer, tmp_path)
+    end = plain.convert_tokens_to_ids(END)
+    found = documents(tmp_path / "notes")
+    expected = [text for text in TEXTS if text.strip()]
+    assert [document[-1] for document in found] == [end] * len(expected)
+    assert [plain.decode(document[:-1]) for document in found] == expected
+    assert found[:3] == [[*plain.encode(text), end] for text in expected[:3]]
+    assert card["empty_documents_skipped"] == 2
+
+
+@pytest.mark.parametrize("special", [END, "<|im_start|>", "<|im_end|>"])
+def test_special_tokens_in_a_text_are_text(
+    tokenizer: DocumentTokenizer, plain: Any, special: str
+) -> None:
+    text = f"before {special} after"
+    (ids,) = tokenizer.encode([text])
+    assert plain.convert_tokens_to_ids(special) not in ids[:-1].tolist()
+    assert list(ids).count(tokenizer.end_of_document) == 1 and ids[-1] == tokenizer.end_of_document
+    assert tokenizer.decode(ids[:-1].tolist()) == text
+    assert plain.convert_tokens_to_ids(special) in plain.encode(text)  # what is avoided here
+
+
+def test_markup_that_is_not_special_is_one_token(tokenizer: DocumentTokenizer, plain: Any) -> None:
+    (ids,) = tokenizer.encode(["<think>\n</think>"])
+    assert {plain.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>")} <= set(ids)
+
+
+def test_a_corpus_without_text_is_refused(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+    empty = corpus(tmp_path / "notes.jsonl", ["", "\u2003\n"])
+    with pytest.raises(InputError, match="corpus notes is empty: 2 documents in 1 files, and none"):
+        tokenize_corpus(empty, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("limits", [(1, 2**22), (3, 2**22), (1024, 20)])
+def test_the_batches_do_not_show(
+    tmp_path: Path,
+    tokenizer: DocumentTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: tuple[int, int],
+) -> None:
+    notes = corpus(tmp_path / "notes.jsonl", TEXTS * 5)
+    (tmp_path / "other").mkdir()
+    card = tokenize_corpus(notes, tokenizer, tmp_path)
+    monkeypatch.setattr(stage, "BATCH_DOCUMENTS", limits[0])
+    monkeypatch.setattr(stage, "BATCH_CHARACTERS", limits[1])
+    assert tokenize_corpus(notes, tokenizer, tmp_path / "other") == card
+    for name in ("notes.bin", "notes.idx"):
+        assert sha256_file(tmp_path / name) == sha256_file(tmp_path / "other" / name)
+
+
+def test_weights_are_no_part_of_the_data(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+    path, other = tmp_path / "notes.jsonl", tmp_path / "other"
+    other.mkdir()
+    card = tokenize_corpus(corpus(path, TEXTS, weight=1.0), tokenizer, tmp_path)
+    assert tokenize_corpus(corpus(path, TEXTS, weight=7.5), tokenizer, other) == card
+    assert sha256_file(tmp_path / "notes.bin") == sha256_file(other / "notes.bin")
+
+
+# The card
+
+
+def test_the_card_counts_what_is_on_disk(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+    notes = corpus(tmp_path / "notes.jsonl", TEXTS)
+    card = tokenize_corpus(notes, tokenizer, tmp_path)
+    found = documents(tmp_path / "notes")
+    texts = [text for text in TEXTS if text.strip()]
+    lengths = sorted(map(len, found))
+    counts = Counter(token for document in found for token in document)
+    tokens = counts.total()
+    size = sum(len(text.encode()) for text in texts)
+    entropy = -sum(count / tokens * math.log(count / tokens) for count in counts.values())
+    assert card == {
+        "documents": len(texts),
+        "empty_documents_skipped": 2,
+        "characters": sum(map(len, texts)),
+        "bytes": size,
+        "tokens": tokens,
+        "tokens_per_byte": round(tokens / size, 6),
+        "distinct_tokens": len(counts),
+        "median_document_tokens": lengths[2],
+        "longest_document_tokens": lengths[-1],
+        "unigram_entropy": pytest.approx(entropy, abs=1e-12),
+        "dtype": "uint16",
+        "sample": f"{TEXTS[0]}{END}",
+        "sources": [
+            {
+                "path": str(tmp_path / "notes.jsonl"),
+                "bytes": (tmp_path / "notes.jsonl").stat().st_size,
+                "sha256": sha256_file(tmp_path / "notes.jsonl"),
+            }
+        ],
+    }
+    assert tokens == (tmp_path / "notes.bin").stat().st_size // 2
+
+
+# Held-out documents
+
+
+def megatron_splits(
+    prefix: Path, split: Sequence[float], end: int, cache: Path
+) -> Iterator[list[int] | None]:
+    """The document indices that Megatron gives its training, validation and test datasets."""
+    corpora = Corpora(
+        prefixes=[prefix],
+        weights=[1.0],
+        split=split,
+        seed=1,
+        cache=cache,
+        tokenizer=EndOfDocument(eod=end, vocab_size=2560),
+    )
+    config = dataset_config(corpora, sequence_length=4)
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [4, 4, 4], lambda: True, config)
+    for dataset in builder.build():
+        yield None if dataset is None else dataset.datasets[0].indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [
+        ((96, 2, 2), 75),
+        ((96.0, 2.0, 2.0), 103),
+        ((0.5, 0.3, 0.2), 25),
+        ((1, 1, 1), 25),
+        ((8e-05, 1e-05, 1e-05), 25),  # which str() writes in a way that Megatron misreads
+        ((9, 0, 1), 25),
+        ((9, 1, 0), 25),
+    ],
+)
+def test_held_out_documents_are_megatrons_test_split(
+    tmp_path: Path, tokenizer: DocumentTokenizer, split: tuple[float, ...], count: int
+) -> None:
+    texts = [f"Document number {number} of the corpus." for number in range(count)]
+    tokenize_corpus(corpus(tmp_path / "notes.jsonl", texts), tokenizer, tmp_path)
+    prefix = tmp_path / "notes"
+    check_shares({"notes": count}, split)
+    theirs = list(megatron_splits(prefix, split, tokenizer.end_of_document, tmp_path / "cache"))
+    ours = split_documents(count, split)
+    assert [list(part) for part in ours] == [part or [] for part in theirs]
+    held_out = heldout_documents(prefix, split, 3)
+    assert [tokenizer.decode(ids) for ids in held_out] == [texts[index] for index in ours[2][:3]]
+    assert set(ours[2]).isdisjoint([*ours[0], *ours[1]])
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "share"),
+    [((96, 2, 2), 25, "validation"), ((90, 9, 1), 40, "test"), ((1, 9, 9), 2, "training")],
+)
+def test_an_empty_share_is_refused(split: tuple[float, ...], count: int, share: str) -> None:
+    text = ",".join(map(str, split))
+    message = f"corpus b: none of its {count} documents falls to {share} by data.split {text}: give"
+    with pytest.raises(InputError, match=message):
+        check_shares({"a": 1000, "b": count}, split)
