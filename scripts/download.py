@@ -24,8 +24,8 @@ from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json
 from megaqwen.sources.local import describe_linked_files, link_model
-from megaqwen.sources.progress import readable_bytes
 from megaqwen.sources.verify import ModelDirectory, verify_model_directory
+from megaqwen.words import readable_bytes
 
 logger = logging.getLogger("megaqwen.download")
 

@@ -16,6 +16,7 @@ from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.writing import DocumentWriter
 from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
+from megaqwen.words import counted, readable_bytes
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 2**22
@@ -132,16 +133,3 @@ def summary(name: str, card: dict[str, Any]) -> str:
         f"{counted(card['tokens'], 'token')} ({card['bytes'] / card['tokens']:.1f} bytes a token)"
         + (f"; {counted(skipped, 'empty document')} left out" if skipped else "")
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 document, 2,000 documents."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def readable_bytes(count: int) -> str:
-    """A size in units of 1000: 1.9 MB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return counted(count, "byte")

@@ -25,8 +25,9 @@ from megaqwen.errors import InputError
 from megaqwen.provenance import publish_directory, sha256_file
 from megaqwen.sources.hub_errors import TRY_AGAIN, clear_hub_errors
 from megaqwen.sources.hub_resume import UNFINISHED, finish_interrupted_files
-from megaqwen.sources.progress import bytes_on_disk, logged_progress, readable_bytes
+from megaqwen.sources.progress import bytes_on_disk, logged_progress
 from megaqwen.sources.verify import check_architecture, verify_model_directory
+from megaqwen.words import readable_bytes
 
 logger = logging.getLogger("megaqwen.download")
 

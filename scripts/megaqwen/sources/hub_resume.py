@@ -15,7 +15,7 @@ from huggingface_hub.file_download import http_get, is_xet_available
 from huggingface_hub.utils import build_hf_headers
 
 from megaqwen.provenance import sha256_file
-from megaqwen.sources.progress import readable_bytes
+from megaqwen.words import readable_bytes
 
 logger = logging.getLogger("megaqwen.download")
 

@@ -7,18 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaqwen.words import duration, readable_bytes
+
 logger = logging.getLogger("megaqwen.download")
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def readable_bytes(count: float) -> str:
-    """A size in units of 1000, such as 1.5 GB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def bytes_on_disk(directory: Path) -> int:
@@ -53,7 +46,7 @@ def watch(directory: Path, total: int, finished: threading.Event) -> None:
     while not finished.wait(SECONDS_BETWEEN_LINES):
         here = min(bytes_on_disk(directory), total)
         rate = max(here - present, 0) / (time.monotonic() - start)
-        left = f", {(total - here) / rate:.0f} s left" if rate > 0 else ""
+        left = f", {duration((total - here) / rate)} left" if rate > 0 else ""
         logger.info(
             "%s of %s, %s/s%s",
             readable_bytes(here),

@@ -8,8 +8,11 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
+
+from megaqwen.words import duration
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -20,16 +23,9 @@ NAMES = {
     "grad-norm": "gradient_norm",
 }
 EVALUATION = "lm loss validation"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 12s, 3m05s or 2h07m."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+EVALUATED = ("validation_loss", "test_loss")
+AVERAGED_ITERATIONS = 20
+FEWEST_ITERATIONS = 3  # before that many were timed, nothing is said of the time left
 
 
 class MetricsWriter:
@@ -66,10 +62,11 @@ class MetricsWriter:
         self.first_iteration = first_iteration
         self.pending: dict[str, float] = {}
         self.last_step = time.monotonic()
-        self.seconds_per_iteration = math.nan
+        self.timed: deque[float] = deque(maxlen=AVERAGED_ITERATIONS)
         self.live_line_open = False
         self.evaluated = "validation"
         self.evaluations: set[tuple[str, int]] = set()
+        end_last_line(file)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the wrapped writer's."""
@@ -89,6 +86,10 @@ class MetricsWriter:
             self.evaluations.add((self.evaluated, iteration))
             self.append({"iteration": iteration, f"{self.evaluated}_loss": loss})
             self.say(f"iteration {iteration}: {self.evaluated} loss {loss:.4f}")
+        self.end_pause()
+
+    def end_pause(self) -> None:
+        """An evaluation or a checkpoint is done: its time is no iteration's."""
         self.last_step = time.monotonic()
 
     def end_iteration(self, iteration: int) -> None:
@@ -97,10 +98,7 @@ class MetricsWriter:
         seconds, self.last_step = now - self.last_step, now
         # The first iteration after a start also warms up: it would spoil the time left.
         if iteration > self.first_iteration + 1:
-            average = self.seconds_per_iteration
-            self.seconds_per_iteration = (
-                seconds if math.isnan(average) else 0.9 * average + 0.1 * seconds
-            )
+            self.timed.append(seconds)
         tokens_per_second = self.tokens_per_iteration / seconds
         record = {
             "iteration": iteration,
@@ -111,15 +109,20 @@ class MetricsWriter:
             "tokens_per_second_per_rank": round(tokens_per_second / self.ranks, 1),
         }
         self.append(record)
-        left = (self.iterations - iteration) * self.seconds_per_iteration
-        time_left = "" if math.isnan(left) else f"  {duration(left)} left"
         self.live(
             f"iteration {iteration}/{self.iterations}  loss {self.pending.get('loss', math.nan):.4f}"
-            f"  {tokens_per_second:,.0f} tokens/s{time_left}",
+            f"  {tokens_per_second:,.0f} tokens/s{self.time_left(iteration)}",
             last=iteration == self.iterations,
             iteration=iteration,
         )
         self.pending = {}
+
+    def time_left(self, iteration: int) -> str:
+        """How long the iterations after this one will take, by the mean of the last ones."""
+        left = self.iterations - iteration
+        if not left or len(self.timed) < FEWEST_ITERATIONS:
+            return ""
+        return f"  {duration(left * sum(self.timed) / len(self.timed))} left"
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -143,6 +146,13 @@ class MetricsWriter:
         logger.info(text)
 
 
+def end_last_line(file: Path) -> None:
+    """End a line that a kill cut short, so that the next record does not become part of it."""
+    if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write("\n")
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl in order of iteration; a resumed iteration's last record counts.
 
@@ -154,6 +164,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        kind = next(name for name in ("loss", "validation_loss", "test_loss") if name in record)
+        kind = next((name for name in EVALUATED if name in record), "loss")
         records[record["iteration"], kind] = record
     return [records[key] for key in sorted(records)]

@@ -150,6 +150,14 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
         return megatron_evaluate(prefix, *values, **named)
 
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
+    megatron_save = megatron_training.save_checkpoint_and_time
+
+    def save_checkpoint_and_time(*values: Any, **named: Any) -> Any:
+        result = megatron_save(*values, **named)
+        writer.end_pause()
+        return result
+
+    megatron_training.save_checkpoint_and_time = save_checkpoint_and_time
 
 
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
