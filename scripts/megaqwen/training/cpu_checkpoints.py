@@ -1,18 +1,29 @@
-"""Resume on a GPU what was saved without one. Two things differ:
+"""Resume on a GPU what was saved without one. Three things differ:
 
 - Transformer Engine's modules each keep an `_extra_state` (the scales of FP8), which the local modules
   on a CPU do not have. Megatron refuses a checkpoint that lacks any key it asks for, so the request for
   extra states that are not there is taken back, and for nothing else. The modules then start with their
   own, as they do in the first iteration of a training.
 - torch's AdamW counts steps in each parameter's state, Transformer Engine's FusedAdam in the group's.
+- The state of a CPU's random generator is none of a GPU's: there it starts from the seed again.
 """
 
+import logging
+from argparse import Namespace
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.serialization import (
+    load_common_state_dict,
+    load_sharded_metadata,
+)
+
+from megaqwen.weights import find_checkpoint
+
+logger = logging.getLogger("megaqwen.training")
 
 
 def drop_absent(state_dict: dict[str, Any], saved: Collection[str]) -> None:
@@ -41,6 +52,19 @@ def steps_to_groups(state_dict: dict[str, Any]) -> None:
         raise ValueError(f"parameters have made different numbers of steps: {sorted(steps)}")
     for group in state_dict["param_groups"] if steps else ():
         (group["step"],) = steps
+
+
+def saved_on_cpu(checkpoints: Path) -> bool:
+    """Whether the last checkpoint of a training was saved over gloo, as a machine without a GPU does."""
+    saved = load_common_state_dict(str(find_checkpoint(checkpoints)))
+    return getattr(saved.get("args"), "distributed_backend", None) == "gloo"
+
+
+def leave_random_state(arguments: Namespace, checkpoints: Path) -> None:
+    """Do not load the random state of a checkpoint that was saved on a CPU."""
+    if saved_on_cpu(checkpoints):
+        arguments.no_load_rng = True
+        logger.info("saved on a CPU: what is random starts from train.seed again")
 
 
 def install() -> None:

@@ -69,6 +69,8 @@ def pretrain_run(run: TrainingRun) -> None:
     sys.argv = [sys.argv[0], *training_arguments(run.config, run.hf_config, paths, gpu=gpu)]
     arguments = validated_arguments()
     resumed = saved_iteration(run.checkpoints)
+    if gpu and resumed:
+        cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
     watch_metrics(run, resumed)
     say_start(run, arguments, resumed)
     provider = dataset_provider(corpora(run))
