@@ -10,6 +10,7 @@ says. --dry-run prints the command. Exits as the ranks do.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def main() -> int:
     words = [*arguments.command, "--log", str(arguments.log)]
     command = launch.torchrun(words) if arguments.launcher == "torchrun" else launch.srun(words)
     if arguments.dry_run:
-        sys.stdout.write(" ".join(command) + "\n")
+        sys.stdout.write(shlex.join(command) + "\n")
         return 0
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.cpus_per_rank)}

@@ -1,0 +1,68 @@
+"""What scripts/launch.py would start: the words that torchrun and srun get."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ["scripts/train.py", "--config", "a b.yaml", "--model", "hf"]
+FORBIDDEN = {"torch", "megatron", "transformers", "numpy"}
+
+
+def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/launch.py", *words, "--log", tmp_path / "deep/log"]
+        + ["--dry-run", *COMMAND],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        timeout=60,
+    )
+
+
+def dry_run(tmp_path: Path, *words: str) -> list[str]:
+    """The words of the command that is printed; they can be pasted into a shell."""
+    done = launch(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "megaqwen.training.launch" in imported and not FORBIDDEN & imported
+    assert not list(tmp_path.iterdir())
+    (line,) = done.stdout.splitlines()
+    return shlex.split(line)
+
+
+def test_torchrun_starts_the_ranks_of_this_machine(tmp_path: Path) -> None:
+    assert dry_run(tmp_path, "--launcher", "torchrun", "--ranks-per-node", "2") == [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("--", *COMMAND, "--log", str(tmp_path / "deep/log")),
+    ]
+
+
+def test_one_rank_is_started_alike_and_torchrun_is_the_default(tmp_path: Path) -> None:
+    assert "--nproc-per-node=1" in dry_run(tmp_path)
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_srun_has_every_flag_spelled_out(tmp_path: Path, gpus: int) -> None:
+    flags = {"launcher": "srun", "nodes": 2, "ranks-per-node": 8, "cpus-per-rank": 12}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    found = dry_run(tmp_path, *words, "--gpus-per-node", str(gpus))
+    end = found.index(sys.executable)
+    assert found[0] == "srun"
+    assert set(found[1:end]) >= {
+        *("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"),
+        "--kill-on-bad-exit=1",
+    }
+    assert ("--gpus-per-node=8" in found) == bool(gpus)
+    assert any(word.startswith("--gpus-per-node") for word in found) == bool(gpus)
+    assert found[end + 1 :] == [*COMMAND, "--log", str(tmp_path / "deep/log")]
+
+
+def test_torchrun_over_nodes_is_refused(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--launcher", "torchrun", "--nodes", "2")
+    assert done.returncode == 2
+    assert "--nodes 1, or --launcher srun" in done.stderr
