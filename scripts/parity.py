@@ -102,7 +102,15 @@ def run_gates(
     limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
     texts = tokenized_texts(arguments, config, limit)
     reference = HuggingFaceModel(arguments.model)
-    megatron = MegatronModel(arguments.checkpoint, recorded, weights.config["vocab_size"], limit)
+    stored = set(weights.dtypes.values()) if arguments.crossing == "export" else set()
+    megatron = MegatronModel(
+        arguments.checkpoint,
+        recorded,
+        weights.config["vocab_size"],
+        limit,
+        # With several dtypes the weights stay as they are, and the gate decides.
+        rounded_to=stored.pop() if len(stored) == 1 else torch.float32,
+    )
     comparisons = []
     for name, ids in texts.items():
         tokens = torch.tensor(ids)

@@ -32,6 +32,7 @@ class Crossing:
         self.model = directory / "model" / "hf"
         shutil.copytree(model, self.model)
         write_json(directory / "model" / "manifest.json", {})
+        self.crossing = "convert"
         self.checkpoint = checkpoint
         self.data = data
         self.output = directory / "parity" / "parity.json"
@@ -53,7 +54,7 @@ class Crossing:
         """Exit code, and what was printed."""
         words = {
             "config": self.config,
-            "crossing": "convert",
+            "crossing": self.crossing,
             "model": self.model,
             "checkpoint": self.checkpoint,
             "data": self.data,
@@ -172,3 +173,17 @@ def test_gate_and_up_swapped_fail_both_ways(qwen3: Crossing) -> None:
     assert {"tensors", "logits"} <= failed.keys()
     assert failed["tensors"]["value"] == 2
     assert f"the first that differs: {gate} (" in message
+
+
+def test_what_an_export_in_bfloat16_rounds_is_no_mistake(qwen3: Crossing) -> None:
+    def round_all(tensors: Tensors) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    qwen3.crossing = "export"
+    qwen3.change(round_all)
+    code, text = qwen3.run()
+    assert code == 0, text
+    assert read_json(qwen3.output)["results"]["verdict"] == "passed"
+    # One more rounding than the export's own is one.
+    qwen3.change(lambda tensors: tensors["model.norm.weight"].mul_(1.0 + 2**-7))
+    assert "tensors" in qwen3.failure()[1]

@@ -70,7 +70,12 @@ class MegatronModel:
     """Megatron's GPTModel on one rank, in float32, from a torch_dist checkpoint of any layout."""
 
     def __init__(
-        self, checkpoint: Path, architecture: dict[str, Any], vocabulary: int, max_tokens: int
+        self,
+        checkpoint: Path,
+        architecture: dict[str, Any],
+        vocabulary: int,
+        max_tokens: int,
+        rounded_to: torch.dtype = torch.float32,
     ):
         """Build it as training does, and let Megatron load the checkpoint.
 
@@ -79,6 +84,8 @@ class MegatronModel:
             architecture: The model in Megatron's options, see `recorded_options`.
             vocabulary: Rows of the embedding that stand for tokens.
             max_tokens: The longest text.
+            rounded_to: The dtype that the other model's weights are stored in: what an export in
+                bfloat16 of float32 weights leaves out is chosen, not a mistake.
         """
         options = {
             **architecture,
@@ -102,6 +109,9 @@ class MegatronModel:
         state = {"model": self.model.sharded_state_dict()}
         loaded = dist_checkpointing.load(state, str(find_checkpoint(checkpoint)))
         self.model.load_state_dict(loaded["model"])
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.to(rounded_to))
         self.model.eval()
         self.vocabulary = vocabulary
 
