@@ -14,9 +14,9 @@ FORBIDDEN = {"torch", "megatron", "transformers", "numpy"}
 
 
 def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    words += ("--log", str(tmp_path / "deep/log"), "--dry-run", *COMMAND)
     return subprocess.run(
-        [sys.executable, ROOT / "scripts/launch.py", *words, "--log", tmp_path / "deep/log"]
-        + ["--dry-run", *COMMAND],
+        [sys.executable, ROOT / "scripts/launch.py", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},

@@ -1,0 +1,231 @@
+"""scripts/report.py over a small run: its figures, its escaping, and that it needs nothing else."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from megaqwen.config import load_config
+from megaqwen.provenance import StageRecord, read_json
+
+ROOT = Path(__file__).parents[2]
+MODEL = 'models/<b onclick="alert(1)">Qwen & sons</b>'
+TEXT = "</pre><script>alert(2)</script>"
+CROSSINGS = ("convert", "export")
+
+
+def gates(logits: float) -> list[dict[str, Any]]:
+    gate = {"statistic": "max |difference|", "detail": "", "passed": True}
+    return [
+        {**gate, "name": "tensors", "value": 0, "threshold": 0},
+        {**gate, "name": "logits", "value": logits, "threshold": 1e-4},
+    ]
+
+
+RESULTS: dict[str, dict[str, Any]] = {
+    "download": {"path": MODEL, "parameters": 1234567, "model_type": "qwen3"},
+    "convert": {"tensors": 46},
+    "preprocess": {"corpora": {"notes": {"tokens": 7654321}, "more": {"tokens": 55}}},
+    "train": {
+        "iteration": 5,
+        "metrics": "checkpoints/abc/metrics.jsonl",
+        "tokens": 20480,
+        "world_size": 2,
+        "first_loss": 7.8765,
+        "last_loss": 5.4321,
+        "validation_loss": 5.5432,
+        "test_loss": None,
+        "unigram_entropy": 6.5891,
+    },
+    "export": {"checkpoint": "iter_0000005"},
+    "parity_convert": {"crossing": "convert", "verdict": "passed", "gates": gates(8.64e-07)},
+    "parity_export": {"crossing": "export", "verdict": "passed", "gates": gates(1.93e-06)},
+}
+
+
+SUMMARY = {
+    "model": [MODEL],
+    "parameters": ["1,234,567"],
+    "data": ["notes: 7,654,321 tokens, more: 55 tokens"],
+    "trained on": ["20,480 tokens in 5 iterations"],
+    "ranks": ["2"],
+    "loss": ["7.8765 at first, 5.4321 at last"],
+    "validation loss": ["5.5432 nats per token"],
+    "test loss": ["not measured"],
+    "unigram entropy": ["6.5891 nats per token"],
+    "parity after convert": ["passed"],
+    "parity after export": ["passed"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory on disk, as its stages leave it."""
+
+    directory: Path
+
+    @classmethod
+    def made(cls, directory: Path, records: list[dict[str, Any]]) -> "Run":
+        """Write config, metrics and every manifest."""
+        config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+        config["run"] = "small-run"
+        config["model"] = {"source": "path", "path": MODEL}
+        config["parity"]["texts"] = [TEXT]
+        directory.mkdir()
+        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        for stage, results in RESULTS.items():
+            StageRecord(stage, {"stage": stage}).write(
+                directory / stage / "manifest.json", inputs={}, results=results
+            )
+        metrics = directory / "train" / RESULTS["train"]["metrics"]
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return cls(directory)
+
+    def report(self) -> str:
+        """Run the command; the text of its page."""
+        manifests = [self.directory / stage / "manifest.json" for stage in RESULTS]
+        command = [sys.executable, ROOT / "scripts/report.py"]
+        command += ["--config", self.directory / "config.yaml", "--run", self.directory]
+        command += ["--manifests", *manifests, "--output", self.directory / "report"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return (self.directory / "report" / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, places that are fetched, words, and the rows of tables."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.fetched: list[str] = []
+        self.handlers: list[str] = []
+        self.rows: list[list[str]] = []
+        self.words = ""
+        self.cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.fetched.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+        if tag == "tr":
+            self.rows.append([])
+        self.cell = tag in ("td", "th")
+        if self.cell:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if self.cell:
+            self.rows[-1][-1] += data
+
+
+def iterations(**left_out: Any) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [
+        {
+            "iteration": iteration,
+            "loss": 8.0 - iteration / 2,
+            "learning_rate": 1e-3,
+            "gradient_norm": 2.0,
+            "tokens_per_second": 900.0,
+        }
+        for iteration in range(1, 6)
+    ]
+    records += [{"iteration": 3, "validation_loss": 6.0}, {"iteration": 5, "validation_loss": 5.5}]
+    return [
+        {name: value for name, value in record.items() if name not in left_out}
+        for record in records
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run.made(tmp_path_factory.mktemp("report") / "run", iterations())
+    run.report()
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(run: Run) -> str:
+    return (run.directory / "report" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_the_page_has_the_runs_figures(page: Page) -> None:
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert {name: rows[name] for name in list(rows)[1:] if name in SUMMARY} == SUMMARY
+    tables = [row for row in page.rows if row[0] in CROSSINGS and len(row) == 6]
+    assert [row[3:] for row in tables] == [
+        *(["0", "0", "passed"], ["8.64e-07", "0.0001", "passed"]),
+        *(["0", "0", "passed"], ["1.93e-06", "0.0001", "passed"]),
+    ]
+    assert [row[0] for row in page.rows if len(row) == 7] == ["stage", *RESULTS]
+    assert ["torch", "2.11.0"] in [[row[0], row[1].partition("+")[0]] for row in page.rows[-20:]]
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: Page, text: str) -> None:
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert page.fetched and all(place.startswith("#") for place in page.fetched)
+    assert re.findall(r"@import|url\((?!#)", text) == []
+
+
+def test_names_and_texts_are_escaped(page: Page) -> None:
+    assert not page.tags & {"b", "script"} and not page.handlers
+    assert TEXT in page.words and MODEL in page.words
+
+
+def test_the_curves_have_every_point(run: Run, text: str) -> None:
+    labels = {"loss.svg": ("iteration", "loss (nats per token)", "validation", "unigram entropy")}
+    labels["rates.svg"] = ("learning rate", "gradient norm", "tokens per second")
+    for name, words in labels.items():
+        figure = (run.directory / "report" / name).read_text()
+        assert figure in text
+        drawing = ElementTree.fromstring(figure)
+        assert set(words) <= {element.text for element in drawing.iter() if element.text}
+        lines = [element.get("d", "") for element in drawing.iter() if element.tag.endswith("path")]
+        assert any(len(re.findall(r"[ML] [\d.]+ [\d.]+", line)) == 5 for line in lines)
+
+
+def test_the_files_for_snakemakes_report_are_whole(run: Run) -> None:
+    report = run.directory / "report"
+    assert {path.name for path in report.iterdir()} == {
+        *("report.html", "parity.html", "versions.html", "loss.svg", "rates.svg", "config.yaml")
+    }
+    assert load_config(report / "config.yaml") == load_config(run.directory / "config.yaml")
+    assert "8.64e-07" in (report / "parity.html").read_text()
+
+
+def test_the_same_run_gives_the_same_bytes(run: Run, text: str) -> None:
+    assert run.report() == text
+
+
+def test_a_run_without_gradient_norms_or_validation_has_a_report(tmp_path: Path) -> None:
+    left_out = dict.fromkeys(("gradient_norm", "tokens_per_second", "validation_loss"))
+    run = Run.made(tmp_path / "run", iterations(**left_out))
+    for stage, change in (("train", {"validation_loss": None}), ("download", {})):
+        path = run.directory / stage / "manifest.json"
+        manifest = {**read_json(path), "git": None, "slurm_job_id": "77"}
+        path.write_text(json.dumps({**manifest, "results": {**manifest["results"], **change}}))
+    page = Page(run.report())
+    assert ["validation loss", "not measured"] in page.rows
+    assert ["test loss", "not measured"] in page.rows
