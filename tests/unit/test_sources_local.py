@@ -134,6 +134,38 @@ def spoil_the_header(model: Path) -> None:
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
+def write_header(header: object) -> Callable[[Path], None]:
+    """A file of nothing but a header, and 8 bytes."""
+
+    def damage(model: Path) -> None:
+        raw = json.dumps(header).encode()
+        content = struct.pack("<Q", len(raw)) + raw + bytes(8)
+        (model / "model.safetensors").write_bytes(content)
+
+    return damage
+
+
+def empty(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"")
+
+
+def not_utf8(model: Path) -> None:
+    (model / "config.json").write_bytes(b'{"a": "\xff"}')
+
+
+def name_no_file(model: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": 3}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def dangle(model: Path) -> None:
+    """A link of the Hub's cache whose file was cleaned away."""
+    split_in_two(model)
+    shard = model / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(model / "blobs" / "gone")
+
+
 def pointer(model: Path) -> None:
     """What git leaves in a clone made without git-lfs."""
     (model / "model.safetensors").write_text(
@@ -180,6 +212,22 @@ def leave_the_directory(model: Path) -> None:
         (lengthen, "9,057,292 bytes, but its header says 9,057,288"),
         (spoil_the_header, "its safetensors header cannot be read"),
         (pointer, "not a whole safetensors file"),
+        (empty, "not a whole safetensors file (0 bytes"),
+        (write_header([1, 2]), "its safetensors header cannot be read"),
+        (write_header({"a": {"dtype": "F32", "shape": [2]}}), "header cannot be read"),
+        (write_header({"a": {"shape": [2], "data_offsets": [0, 8]}}), "header cannot be read"),
+        (
+            write_header({"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}),
+            "header cannot be read",
+        ),
+        (
+            write_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}),
+            "header cannot be read",
+        ),
+        (not_utf8, "config.json: not valid JSON"),
+        (name_no_file, "model.norm.weight names 3, which is not a file beside it"),
+        (dangle, "1 of 2 weight files are missing: model-00001-of-00002.safetensors"),
+        (shutil.rmtree, "there is no such model directory"),
         (lose_a_shard, "1 of 2 weight files are missing: model-00002-of-00002.safetensors"),
         (swap_shards, "is not in the file, though model.safetensors.index.json says so"),
         (empty_the_index, "weight_map, from tensor names to files, is missing or empty"),

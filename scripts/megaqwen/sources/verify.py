@@ -8,7 +8,9 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,18 @@ def find_shards(directory: Path) -> dict[str, set[str]]:
                 " only safetensors weights are read"
             )
         return {SINGLE_FILE: set()}
-    index = directory / INDEX_FILE
-    weight_map = read_json_object(index).get("weight_map")
+    index_file = directory / INDEX_FILE
+    weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map, from tensor names to files, is missing or empty")
+        raise InputError(
+            f"{index_file}: weight_map, from tensor names to files, is missing or empty"
+        )
     shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index}: {tensor} names {name!r}, which is not a file beside it")
+            raise InputError(
+                f"{index_file}: {tensor} names {name!r}, which is not a file beside it"
+            )
         shards.setdefault(name, set()).add(tensor)
     missing = sorted(name for name in shards if not (directory / name).is_file())
     if missing:
@@ -136,7 +142,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        end = max(map(end_of_tensor, header.values()), default=0)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{path}: its safetensors header cannot be read; fetch it again"
@@ -147,6 +153,20 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             " truncated or damaged; fetch it again"
         )
     return header
+
+
+def end_of_tensor(entry: Mapping[str, Any]) -> int:
+    """Where a header's entry says that its tensor ends, in bytes after the header.
+
+    Raises:
+        KeyError, TypeError, ValueError, IndexError: The entry lacks a dtype, shape or place.
+    """
+    if not isinstance(entry["dtype"], str) or min(map(index, entry["shape"]), default=0) < 0:
+        raise ValueError("no dtype or shape")
+    start, end = map(index, entry["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError("no place in the file")
+    return end
 
 
 def check_tokenizer(directory: Path) -> None:
