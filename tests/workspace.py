@@ -1,22 +1,18 @@
 """A small training from a model of its own, stage by stage as the workflow runs them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from commands import ROOT, run_script, write_config
 from megaqwen.provenance import read_json
 from megaqwen.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIONS: dict[str, Any] = {
     "seq_length": 64,
@@ -40,13 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 def script(name: str, *words: object, environment: Mapping[str, str] | None = None) -> None:
     """Run a script of the project; what it printed is the message when it fails."""
-    process = subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        timeout=300,
-    )
+    process = run_script(name, *words, environment=environment)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
@@ -65,14 +55,9 @@ class Workspace:
             "text_field": "text",
             "weight": 1.0,
         }
-        config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
-        config["data"] = {"corpora": [corpus], "split": [60, 20, 20], "seed": 1234}
-        config["train"] = {**OPTIONS, **options}
-        for section, values in sections.items():
-            config[section] |= values
+        data = {"corpora": [corpus], "split": [60, 20, 20], **sections.pop("data", {})}
         path = self.directory / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return write_config(path, data=data, train={**OPTIONS, **options}, **sections)
 
     def train(
         self,

@@ -4,15 +4,14 @@ The same four iterations run under each parallel layout. In float32 the layouts 
 sums alone: the first loss within 1e-4, the later ones within 1e-3.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import options, run_script
 from megaqwen.provenance import read_json
-from workspace import ROOT, Workspace, differing, forget_after, losses, weights
+from workspace import Workspace, differing, forget_after, losses, weights
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
 DISTRIBUTED_OPTIMIZER = {"use_distributed_optimizer": True}
@@ -76,11 +75,14 @@ def test_resuming_ends_in_the_same_bits(
 def test_an_empty_share_is_refused_before_megatron_looks_for_it(workspace: Workspace) -> None:
     stages = workspace.directory
     config = workspace.config("shares", {}, data={"split": [99.9, 0.05, 0.05]})
-    command = [sys.executable, ROOT / "scripts" / "train.py", "--config", config]
-    places = {"model": "model/hf", "checkpoint": "megatron/checkpoint", "data": "data"}
-    for name, place in {**places, "output": "shares"}.items():
-        command += [f"--{name}", stages / place]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    words = options(
+        config=config,
+        model=stages / "model" / "hf",
+        checkpoint=stages / "megatron" / "checkpoint",
+        data=stages / "data",
+        output=stages / "shares",
+    )
+    done = run_script("train.py", *words)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "corpus lines: none of its 200 documents falls to validation" in done.stdout
     assert not (stages / "shares").exists()

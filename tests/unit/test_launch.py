@@ -1,6 +1,5 @@
 """What scripts/launch.py would start: the words that torchrun and srun get."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -8,20 +7,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from commands import options, run_script
+
 COMMAND = ["scripts/train.py", "--config", "a b.yaml", "--model", "hf"]
 FORBIDDEN = {"torch", "megatron", "transformers", "numpy"}
 
 
 def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     words += ("--log", str(tmp_path / "deep/log"), "--dry-run", *COMMAND)
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/launch.py", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
-        timeout=60,
-    )
+    return run_script("launch.py", *words, environment={"PYTHONPROFILEIMPORTTIME": "1"})
 
 
 def dry_run(tmp_path: Path, *words: str) -> list[str]:
@@ -48,9 +42,8 @@ def test_one_rank_is_started_alike_and_torchrun_is_the_default(tmp_path: Path) -
 
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_srun_has_every_flag_spelled_out(tmp_path: Path, gpus: int) -> None:
-    flags = {"launcher": "srun", "nodes": 2, "ranks-per-node": 8, "cpus-per-rank": 12}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    found = dry_run(tmp_path, *words, "--gpus-per-node", str(gpus))
+    flags = {"nodes": 2, "ranks_per_node": 8, "cpus_per_rank": 12, "gpus_per_node": gpus}
+    found = dry_run(tmp_path, *options(launcher="srun", **flags))
     end = found.index(sys.executable)
     assert found[0] == "srun"
     assert set(found[1:end]) >= {

@@ -1,24 +1,20 @@
 """scripts/parity.py as the workflow runs it: what passes, and that each mistake fails by its name."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
+from commands import options, run_script, write_config
 from megaqwen.provenance import read_json, write_json
 from megaqwen.weights import convert_to_megatron
 from workspace import Workspace
 
-ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.2"
 TEXTS = ["The quick brown fox.", "今天天气很好。"]
 Tensors = dict[str, torch.Tensor]
@@ -37,12 +33,11 @@ class Crossing:
         self.data = data
         self.output = directory / "parity" / "parity.json"
         write_json(self.output, {"results": {"verdict": "passed"}})  # of an earlier run
-        config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-        config["data"]["corpora"][0]["name"] = "lines"
-        config["data"]["split"] = [60, 20, 20]
-        config["parity"] |= {"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40}
-        self.config = directory / "config.yaml"
-        self.config.write_text(yaml.safe_dump(config))
+        self.config = write_config(
+            directory / "config.yaml",
+            data={"corpora": [{"name": "lines", "source": "builtin"}], "split": [60, 20, 20]},
+            parity={"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40},
+        )
 
     def change(self, change: Callable[[Tensors], object]) -> None:
         """Change tensors of the model directory."""
@@ -52,25 +47,16 @@ class Crossing:
 
     def run(self) -> tuple[int, str]:
         """Exit code, and what was printed."""
-        words = {
-            "config": self.config,
-            "crossing": self.crossing,
-            "model": self.model,
-            "checkpoint": self.checkpoint,
-            "data": self.data,
-            "output": self.output,
-            "log": self.output.with_name("log"),
-        }
-        done = subprocess.run(
-            [
-                *(sys.executable, ROOT / "scripts/parity.py"),
-                *(str(word) for name, value in words.items() for word in (f"--{name}", value)),
-            ],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
+        words = options(
+            config=self.config,
+            crossing=self.crossing,
+            model=self.model,
+            checkpoint=self.checkpoint,
+            data=self.data,
+            output=self.output,
+            log=self.output.with_name("log"),
         )
+        done = run_script("parity.py", *words)
         return done.returncode, done.stdout + done.stderr
 
     def failure(self) -> tuple[str, dict[str, dict[str, Any]]]:

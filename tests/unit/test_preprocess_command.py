@@ -3,10 +3,7 @@
 import gzip
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +11,16 @@ from typing import Any
 
 import pyarrow
 import pytest
-import yaml
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+from commands import options, run_script, write_config
 from megaqwen.data.builtin import builtin_documents
 from megaqwen.provenance import read_json, sha256_file
 from workspace import Workspace
 
-ROOT = Path(__file__).parents[2]
 END = "<|endoftext|>"
 
 
@@ -63,18 +59,10 @@ def preprocess(
     workspace: Workspace, directory: Path, corpora: list[dict[str, Any]], threads: int
 ) -> str:
     """Run the command; what it printed."""
-    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    config["data"]["corpora"] = corpora
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, ROOT / "scripts/preprocess.py", "--config", "config.yaml"]
-    done = subprocess.run(
-        [*command, "--model", workspace.directory / "model" / "hf", "--output", "data"],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    write_config(directory / "config.yaml", data={"corpora": corpora})
+    words = options(config="config.yaml", model=workspace.directory / "model" / "hf", output="data")
+    environment = {"RAYON_NUM_THREADS": str(threads)}
+    done = run_script("preprocess.py", *words, environment=environment, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
+from commands import options, run_script, write_config
 from megaqwen.config import load_config
 from megaqwen.provenance import StageRecord, read_json
 
-ROOT = Path(__file__).parents[2]
 MODEL = 'models/<b onclick="alert(1)">Qwen & sons</b>'
 TEXT = "</pre><script>alert(2)</script>"
 CROSSINGS = ("convert", "export")
@@ -75,12 +72,13 @@ class Run:
     @classmethod
     def made(cls, directory: Path, records: list[dict[str, Any]]) -> "Run":
         """Write config, metrics and every manifest."""
-        config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-        config["run"] = "small-run"
-        config["model"] = {"source": "path", "path": MODEL}
-        config["parity"]["texts"] = [TEXT]
         directory.mkdir()
-        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        write_config(
+            directory / "config.yaml",
+            run="small-run",
+            model={"source": "path", "path": MODEL},
+            parity={"texts": [TEXT]},
+        )
         for stage, results in RESULTS.items():
             StageRecord(stage, {"stage": stage}).write(
                 directory / stage / "manifest.json", inputs={}, results=results
@@ -93,10 +91,12 @@ class Run:
     def report(self) -> str:
         """Run the command; the text of its page."""
         manifests = [self.directory / stage / "manifest.json" for stage in RESULTS]
-        command = [sys.executable, ROOT / "scripts/report.py"]
-        command += ["--config", self.directory / "config.yaml", "--run", self.directory]
-        command += ["--manifests", *manifests, "--output", self.directory / "report"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        places = options(
+            config=self.directory / "config.yaml",
+            run=self.directory,
+            output=self.directory / "report",
+        )
+        done = run_script("report.py", *places, "--manifests", *manifests)
         assert done.returncode == 0, done.stdout + done.stderr
         return (self.directory / "report" / "report.html").read_text()
 

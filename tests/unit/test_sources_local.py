@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from commands import ROOT, options, run_script, write_config
 from megaqwen.errors import InputError
 from megaqwen.sources import progress
 from megaqwen.sources.verify import verify_model_directory
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -44,19 +42,9 @@ def split_in_two(model: Path) -> None:
 
 
 def run_download(tmp_path: Path, model: dict[str, Any]) -> tuple[int, str, Path]:
-    values = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    values["model"] = model
-    config, output = tmp_path / "config.yaml", tmp_path / "output"
-    config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "scripts/download.py", "--config", str(config)]
-    done = subprocess.run(
-        [*command, "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    output = tmp_path / "output"
+    config = write_config(tmp_path / "config.yaml", model=model)
+    done = run_script("download.py", *options(config=config, output=output), cwd=ROOT)
     return done.returncode, done.stdout + done.stderr, output
 
 
