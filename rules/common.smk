@@ -59,10 +59,16 @@ def corpora_files(wildcards):
 
 
 def model_files(wildcards):
-    """The config.json of a model that is on disk already."""
+    """What a model that is on disk already is made of: a newer file is converted again."""
     if CONFIG.model.source != "path":
         return []
-    return [Path(CONFIG.model.path).expanduser() / "config.json"]
+    directory = Path(CONFIG.model.path).expanduser()
+    parts = sorted(
+        path
+        for pattern in ("*.safetensors", "*.json")
+        for path in directory.glob(pattern)
+    )
+    return parts or [directory / "config.json"]
 
 
 def ranks_needed(wildcards):

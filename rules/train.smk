@@ -27,11 +27,12 @@ rule train:
         checkpoint=LAYOUT.megatron / "checkpoint",
         data=LAYOUT.data,
         directory=LAYOUT.run / "train",
+        checkpoints=LAYOUT.checkpoints,
     message:
         "train: megatron.training.pretrain on {resources.nodes} node(s) with {resources.ranks_per_node} rank(s) each"
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
         " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads} --log {log}"
-        " {params.command} --model {params.model}"
+        " --checkpoints {params.checkpoints} {params.command} --model {params.model}"
         " --checkpoint {params.checkpoint} --data {params.data} --output {params.directory}"
