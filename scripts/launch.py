@@ -6,16 +6,19 @@
 
 Each rank writes to LOG.rankN.log and the launcher itself to LOG; the terminal shows what the last rank
 says. --dry-run prints the command. Exits as the ranks do.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the ranks: the running iteration is finished and saved first.
+A second one ends them at once. No rank outlives this command, which exits with 128 plus the signal.
 """
 
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from megaqwen.training.launch import Launch
+from megaqwen.training.supervise import Ranks
 
 
 def main() -> int:
@@ -29,6 +32,7 @@ def main() -> int:
     parser.add_argument("--gpus-per-node", type=int, default=0)
     parser.add_argument("--cpus-per-rank", type=int, default=1)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--checkpoints", type=Path, help="where they save, to say what was kept")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
     arguments = parser.parse_args()
@@ -49,15 +53,32 @@ def main() -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.cpus_per_rank)}
     # The launchers' own words (a traceback of torchrun for each failure) go to the log.
     with open(arguments.log, "a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stderr=log, env=environment)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # the ranks got the same signal from the terminal
-            return 130
-    if code:
+        ranks = Ranks(
+            command,
+            hands_on_signals=arguments.launcher == "srun",
+            say=say,
+            stderr=log,
+            env=environment,
+        )
+        code = ranks.wait()
+    if code and ranks.signal:
+        say(f"interrupted; {what_was_kept(arguments.checkpoints)}")
+    elif code:
         show_failure(arguments.log)
     return code
+
+
+def say(text: str) -> None:
+    """Write a line to the terminal."""
+    sys.stderr.write(f"  {text}\n")
+
+
+def what_was_kept(checkpoints: Path | None) -> str:
+    """Where the same command goes on."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt" if checkpoints else None
+    if tracker and tracker.is_file():
+        return f"the same command goes on after iteration {tracker.read_text().strip()}"
+    return "no checkpoint was saved yet: the same command starts again"
 
 
 def show_failure(log: Path) -> None:
@@ -69,8 +90,8 @@ def show_failure(log: Path) -> None:
         errors[path] = found[-1].split(" ERROR ", 1)[1] if found else ""
     if errors and not list(errors.values())[-1]:
         for path, error in errors.items():
-            sys.stderr.write(f"  {path.name}: {error or 'ended without a message'}\n")
-    sys.stderr.write(f"  logs of the ranks: {log}.rank*.log\n")
+            say(f"{path.name}: {error or 'ended without a message'}")
+    say(f"logs of the ranks: {log}.rank*.log")
 
 
 if __name__ == "__main__":

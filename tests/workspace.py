@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from commands import ROOT, run_script, write_config
+from megaqwen.config import load_config
+from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
 from megaqwen.training.metrics import read_metrics
 
@@ -59,6 +61,21 @@ class Workspace:
         path = self.directory / f"{name}.yaml"
         return write_config(path, data=data, train={**OPTIONS, **options}, **sections)
 
+    def launch_words(self, name: str, ranks: int, options: Mapping[str, Any]) -> list[str]:
+        """The words after launch.py that train, or resume, in the directory `name`."""
+        output = self.directory / name
+        config = self.config(name, options)
+        digest = Layout(config=load_config(config)).stage_digest("train")
+        words = (
+            *("--launcher", "torchrun", "--ranks-per-node", ranks),
+            *("--log", self.directory / f"{name}.log"),
+            *("--checkpoints", output / "checkpoints" / digest, ROOT / "scripts" / "train.py"),
+            *("--config", config, "--model", self.directory / "model" / "hf"),
+            *("--checkpoint", self.directory / "megatron" / "checkpoint"),
+            *("--data", self.directory / "data", "--output", output),
+        )
+        return [str(word) for word in words]
+
     def train(
         self,
         name: str,
@@ -67,17 +84,8 @@ class Workspace:
         environment: Mapping[str, str] | None = None,
     ) -> Path:
         """Train, or resume; the directory with metrics.jsonl and the checkpoints."""
-        output = self.directory / name
-        script(
-            "launch.py",
-            *("--launcher", "torchrun", "--ranks-per-node", ranks),
-            *("--log", self.directory / f"{name}.log", ROOT / "scripts" / "train.py"),
-            *("--config", self.config(name, options), "--model", self.directory / "model" / "hf"),
-            *("--checkpoint", self.directory / "megatron" / "checkpoint"),
-            *("--data", self.directory / "data", "--output", output),
-            environment=environment,
-        )
-        (checkpoints,) = (output / "checkpoints").iterdir()
+        script("launch.py", *self.launch_words(name, ranks, options), environment=environment)
+        (checkpoints,) = (self.directory / name / "checkpoints").iterdir()
         return checkpoints
 
 

@@ -7,18 +7,26 @@ goes to the file, and the terminal keeps what this project says through `logging
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
-from megaqwen.errors import InputError, is_disk_full
+from megaqwen.errors import InputError, Stopped, is_disk_full
 
 LOGGER_NAME = "megaqwen"
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what is unfinished is cleaned away as after Ctrl-C."""
 
 
 def stage_parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -85,22 +93,26 @@ def run_command(
         log_suffix: Added to the log's name, for a process of many.
 
     Returns:
-        0; 2 after an InputError or on a full disk; 130 after Ctrl-C; 1 after anything else, whose
-        traceback goes to the log.
+        0; 2 after an InputError or on a full disk; 75 where the stage stopped early and can go on; 130
+        after Ctrl-C and 143 after SIGTERM; 1 after anything else, whose traceback goes to the log.
     """
     arguments = parser.parse_args()
     if arguments.log and log_suffix:
         arguments.log = arguments.log.with_name(f"{arguments.log.name}.{log_suffix}")
     terminal = arguments.terminal = terminal_and_log(arguments.log, quiet=quiet)
     logger = logging.getLogger(LOGGER_NAME)
+    earlier = signal.signal(signal.SIGTERM, terminate)
     try:
         stage(arguments)
     except InputError as error:
         logger.error("error: %s", error)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        logger.error("%s", stopped)
+        return EXIT_STOPPED
+    except KeyboardInterrupt as interrupt:
         logger.error("interrupted: nothing unfinished was kept under its final name")
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  the boundary: everything ends as one message
         if is_disk_full(error):
             logger.error("error: the disk is full (%s): free some space, and run it again", error)
@@ -110,5 +122,11 @@ def run_command(
         logger.error("error: %s: %s%s", type(error).__name__, error, where)
         return EXIT_FAILED
     finally:
+        signal.signal(signal.SIGTERM, earlier)
         terminal.flush()
     return 0
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a stage as Ctrl-C does."""
+    raise Terminated

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and the one accident that any stage can meet."""
+"""The exceptions that a user is meant to read, and the one accident that any stage can meet."""
 
 import errno
 
@@ -7,6 +7,13 @@ class InputError(Exception):
     """Something that the user gave is wrong: what, where, and what to do.
 
     A stage command prints its message alone, without a traceback, and exits with 2.
+    """
+
+
+class Stopped(Exception):
+    """A stage was told to stop, and what it did is kept: the same command goes on from there.
+
+    A stage command prints its message alone and exits with 75, sysexits.h's "try again".
     """
 
 

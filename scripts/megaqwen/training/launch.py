@@ -39,6 +39,7 @@ class Launch:
             f"--cpus-per-task={self.cpus_per_rank}",
             *([f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []),
             "--kill-on-bad-exit=1",
+            "--quit-on-interrupt",
             sys.executable,
             *command,
         ]

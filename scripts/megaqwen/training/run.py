@@ -22,7 +22,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from megaqwen.data.splits import check_shares
-from megaqwen.errors import InputError
+from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_checkpoints, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
@@ -37,16 +37,12 @@ logger = logging.getLogger("megaqwen.training")
 METRICS = "metrics.jsonl"
 
 
-class StoppedEarly(Exception):
-    """Training was told to stop, saved, and is not done."""
-
-
 def pretrain_run(run: TrainingRun) -> None:
     """Train from the last checkpoint, or from the converted weights, to the last iteration.
 
     Raises:
         InputError: Megatron refuses the options, or a share of a corpus has no document.
-        StoppedEarly: A signal ended training; its checkpoint is saved.
+        Stopped: A signal or one of Megatron's exit options ended training early.
     """
     documents = {name: card["documents"] for name, card in run.data["corpora"].items()}
     check_shares(documents, run.config.data.split)
@@ -78,9 +74,8 @@ def pretrain_run(run: TrainingRun) -> None:
     try:
         pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
-        raise StoppedEarly(
-            f"stopped after iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters},"
-            " which is saved: the same command goes on from there"
+        raise Stopped(
+            f"stopped: iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
         ) from stop
     torch.distributed.barrier()
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:

@@ -1,0 +1,181 @@
+"""A training that is told to stop: it saves, no rank lives on, and the same command goes on from there.
+
+What scripts/launch.py does with a signal is tried on ranks that do nothing but record theirs, which start
+in seconds; that Megatron then saves and resumes, on a real training.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from commands import ROOT
+from megaqwen.provenance import read_json
+from workspace import TRACKER, Workspace, losses
+
+RANK = """
+import os, pathlib, signal, subprocess, sys, time
+
+here = pathlib.Path(sys.argv[1]) / os.environ["RANK"]
+needs_seconds = float(sys.argv[2])
+
+def save(number, frame):
+    (here / "asked").touch()
+    time.sleep(needs_seconds)
+    if reader.poll() is None:
+        (here / "saved").touch()
+    reader.kill()
+    sys.exit(75)
+
+here.mkdir()
+reader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+signal.signal(signal.SIGTERM, save)
+(here / "reader").write_text(str(reader.pid))
+(here / "started").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+def eventually(true: Callable[[], object], seconds: float, process: subprocess.Popen[str]) -> None:
+    """Wait until `true` is; fail when that takes long or the process has ended."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+class Started:
+    """scripts/launch.py over two ranks that record what happens to them."""
+
+    def __init__(self, directory: Path, needs_seconds: float = 0.0):
+        self.directory = directory
+        script = directory / "rank.py"
+        script.write_text(RANK)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, ROOT / "scripts" / "launch.py", "--ranks-per-node", "2"),
+                *("--checkpoints", directory, "--log", directory / "log"),
+                *(script, directory, str(needs_seconds)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually(lambda: len(self.all("started")) == 2, 120, self.process)
+        pids = [int(text) for name in ("started", "reader") for text in self.all(name)]
+        self.below = [psutil.Process(pid) for pid in pids]
+
+    def all(self, name: str) -> list[str]:
+        return [path.read_text() for path in sorted(self.directory.glob(f"[01]/{name}"))]
+
+    def alive(self) -> list[psutil.Process]:
+        """The ranks and readers that have not ended, whether or not they were waited for."""
+        return [one for one in self.below if one.is_running() and not is_zombie(one)]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    made: list[Started] = []
+
+    def make(**settings: float) -> Started:
+        made.append(Started(tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for started in made:
+        started.process.kill()
+        for process in started.alive():
+            process.kill()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_lets_every_rank_save(start: Callable[..., Started], name: str) -> None:
+    started = start()
+    (started.directory / TRACKER).write_text("7\n")
+    started.process.send_signal(signal.Signals[name])
+    _, said = started.process.communicate(timeout=60)
+    assert started.alive() == []
+    assert len(started.all("saved")) == 2  # each while its reader was there
+    assert started.process.returncode == 128 + signal.Signals[name]
+    assert "interrupted; the same command goes on after iteration 7" in said
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
+    started = start(needs_seconds=600)
+    started.process.send_signal(signal.SIGINT)
+    eventually(lambda: len(started.all("asked")) == 2, 60, started.process)
+    started.process.send_signal(signal.SIGINT)
+    _, said = started.process.communicate(timeout=10)
+    assert started.alive() == []
+    assert started.all("saved") == []
+    assert started.process.returncode == 130
+    assert "no checkpoint was saved yet: the same command starts again" in said
+
+
+def test_the_ranks_of_a_killed_launcher_end(start: Callable[..., Started]) -> None:
+    started = start()
+    started.process.kill()
+    end = time.monotonic() + 60
+    while started.alive():
+        assert time.monotonic() < end, started.alive()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_save_may_take_longer_than_torchrun_would_wait(start: Callable[..., Started]) -> None:
+    started = start(needs_seconds=40)
+    started.process.send_signal(signal.SIGTERM)
+    started.process.wait(timeout=90)
+    assert len(started.all("saved")) == 2
+
+
+def test_a_stopped_training_saves_and_goes_on(workspace: Workspace) -> None:
+    options = {"train_iters": 40, "save_interval": 1000, "eval_interval": 1000}
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "scripts" / "launch.py"),
+            *workspace.launch_words("stopped", 2, options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    output = workspace.directory / "stopped"
+    eventually(lambda: iterations(output) >= 3, 200, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert [one for one in psutil.process_iter(["cmdline"]) if str(output) in words(one)] == []
+    (checkpoints,) = (output / "checkpoints").iterdir()
+    saved = int((checkpoints / TRACKER).read_text())
+    assert process.returncode == 143
+    assert 3 <= saved < 40 and saved == len(losses(checkpoints))
+    assert f"stopped: iteration {saved} of 40 is saved" in said
+    assert f"the same command goes on after iteration {saved}" in said
+    assert not (output / "manifest.json").exists()
+
+    assert workspace.train("stopped", 2, options) == checkpoints
+    log = (workspace.directory / "stopped.log.rank1.log").read_text()
+    assert f"resuming after iteration {saved}" in log
+    assert len(losses(checkpoints)) == 40
+    assert read_json(output / "manifest.json")["results"]["iteration"] == 40
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def words(process: psutil.Process) -> list[str]:
+    return process.info["cmdline"] or []
+
+
+def iterations(output: Path) -> int:
+    return sum(len(losses(file.parent)) for file in output.glob("checkpoints/*/metrics.jsonl"))
