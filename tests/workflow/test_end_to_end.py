@@ -17,6 +17,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from hub_server import REPO, Hub, serve
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("Snakefile", "rules", "scripts", "config", "profiles", "local", "slurm", "envs")
 # A few iterations instead of a thousand; everything else is the experiment's own.
@@ -33,7 +35,7 @@ SMALL = {
 pytestmark = pytest.mark.slow
 
 
-def snakemake(checkout: Path, *words: str) -> str:
+def snakemake(checkout: Path, *words: str, **environment: str) -> str:
     """Run the workflow in a checkout; what it printed."""
     done = subprocess.run(
         [Path(sys.executable).with_name("snakemake"), "--profile", "local", *words],
@@ -41,23 +43,29 @@ def snakemake(checkout: Path, *words: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=dict(os.environ),
+        env={**os.environ, **environment},
         timeout=600,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
-    """The repository's files beside a model and the corpora that files.yaml names."""
-    checkout = tmp_path_factory.mktemp("checkout")
+def copy_sources(checkout: Path) -> Path:
+    """The repository's files, as a clone has them."""
+    checkout.mkdir(exist_ok=True)
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir() and not source.is_symlink():
             shutil.copytree(source, checkout / name)
         else:
             shutil.copy(source, checkout / name, follow_symlinks=False)
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
+    """A clone beside a model and the corpora that files.yaml names."""
+    checkout = copy_sources(tmp_path_factory.mktemp("checkout"))
     shutil.copytree(tiny_qwen2, checkout / "models" / "my-qwen")
     documents = list(topics.values())
     for name, opener, part in (
@@ -127,3 +135,23 @@ def test_a_newer_shard_of_the_model_is_converted_again(
     plan = snakemake(checkout, *words, "-n")
     assert "model.safetensors" in plan
     assert re.search(r"^convert +1$", plan, re.MULTILINE)
+
+
+def test_only_download_needs_the_hub(tmp_path: Path, tiny_qwen3: Path) -> None:
+    checkout = copy_sources(tmp_path / "checkout")
+    overlay = {"model": {"source": "hub", "repo_id": REPO, "revision": "main"}}
+    (checkout / "hub.yaml").write_text(yaml.safe_dump(overlay))
+    words = ["--configfile", "config/experiments/hub.yaml", "hub.yaml"]
+    commit = "c0ffee" + 34 * "0"
+    files = {path.name: path.read_bytes() for path in tiny_qwen3.iterdir()}
+    with serve(Hub(commits={commit: files}, branches={"main": commit})) as hub:
+        places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        printed = snakemake(checkout, "download", *words, **places)
+        assert f"{REPO} at {commit[:7]}" in printed
+        asked = len(hub.requests)
+        assert asked > 0
+        printed = snakemake(checkout, "parity_convert", *words, **places)
+        assert "parity after convert: passed" in printed
+        assert len(hub.requests) == asked
+    (manifest,) = checkout.glob("results/shared/models/*/manifest.json")
+    assert json.loads(manifest.read_text())["results"]["commit"] == commit
