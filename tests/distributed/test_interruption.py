@@ -159,11 +159,25 @@ def test_a_stopped_training_saves_and_goes_on(workspace: Workspace) -> None:
     assert f"the same command goes on after iteration {saved}" in said
     assert not (output / "manifest.json").exists()
 
+    cut_short = checkpoints / f"iter_{saved + 1:07}"
+    cut_short.mkdir()
+    (cut_short / "__0_0.distcp").write_bytes(b"half")
     assert workspace.train("stopped", 2, options) == checkpoints
     log = (workspace.directory / "stopped.log.rank1.log").read_text()
     assert f"resuming after iteration {saved}" in log
     assert len(losses(checkpoints)) == 40
-    assert read_json(output / "manifest.json")["results"]["iteration"] == 40
+    assert not cut_short.exists()
+    results = read_json(output / "manifest.json")["results"]
+    assert results["iteration"] == 40
+
+    # Killed between the last save and the manifest: only what was not evaluated yet is left to do.
+    (output / "manifest.json").unlink()
+    records = (checkpoints / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (checkpoints / "metrics.jsonl").write_text("".join(records[:-1]))
+    assert "test_loss" in records[-1]
+    workspace.train("stopped", 2, options)
+    again = read_json(output / "manifest.json")["results"]
+    assert {**again, "peak_memory_bytes": 0} == {**results, "peak_memory_bytes": 0}
 
 
 def is_zombie(process: psutil.Process) -> bool:

@@ -65,8 +65,8 @@ class MetricsWriter:
         self.timed: deque[float] = deque(maxlen=AVERAGED_ITERATIONS)
         self.live_line_open = False
         self.evaluated = "validation"
-        self.evaluations: set[tuple[str, int]] = set()
         end_last_line(file)
+        self.evaluations = evaluations_at(file, first_iteration)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the wrapped writer's."""
@@ -140,10 +140,25 @@ class MetricsWriter:
 
     def say(self, text: str) -> None:
         """Log a line below the live line."""
+        self.end_live_line()
+        logger.info(text)
+
+    def end_live_line(self) -> None:
+        """What comes next on the terminal gets a line of its own."""
         if self.live_line_open:
             self.terminal.write("\n")
             self.live_line_open = False
-        logger.info(text)
+
+
+def evaluations_at(file: Path, iteration: int) -> set[tuple[str, int]]:
+    """The sets that were evaluated at an iteration before training was stopped there."""
+    records = read_metrics(file) if file.is_file() else []
+    return {
+        (name.removesuffix("_loss"), iteration)
+        for record in records
+        for name in EVALUATED
+        if name in record and record["iteration"] == iteration
+    }
 
 
 def end_last_line(file: Path) -> None:

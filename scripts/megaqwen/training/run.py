@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -65,6 +66,11 @@ def pretrain_run(run: TrainingRun) -> None:
     sys.argv = [sys.argv[0], *training_arguments(run.config, run.hf_config, paths, gpu=gpu)]
     arguments = validated_arguments()
     resumed = saved_iteration(run.checkpoints)
+    if arguments.rank == 0:
+        remove_unfinished(run.checkpoints)
+    if resumed == arguments.train_iters:
+        # Stopped after its last save: what is left is to evaluate. There are no samples to load.
+        arguments.skip_train = arguments.no_load_optim = True
     if gpu and resumed:
         cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
     watch_metrics(run, resumed)
@@ -74,6 +80,8 @@ def pretrain_run(run: TrainingRun) -> None:
     try:
         pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
+        if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
+            writer.end_live_line()
         raise Stopped(
             f"stopped: iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
         ) from stop
@@ -116,6 +124,14 @@ def saved_iteration(checkpoints: Path) -> int:
     return int(tracker.read_text()) if tracker.is_file() else 0
 
 
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove checkpoints that a kill or a full disk cut short: metadata.json is their last file."""
+    for directory in checkpoints.glob("iter_*"):
+        if not (directory / "metadata.json").is_file():
+            logger.info("removing %s, which is not complete", directory)
+            shutil.rmtree(directory)
+
+
 def watch_metrics(run: TrainingRun, resumed: int) -> None:
     """Put our writer in front of Megatron's on the rank that has one, and follow its iterations."""
     if get_tensorboard_writer() is None:
@@ -144,7 +160,8 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
     def evaluate_and_print_results(prefix: str, *values: Any, **named: Any) -> Any:
         # Megatron gives the test set's loss the validation set's name.
         writer.evaluated = "test" if prefix.endswith("test set") else "validation"
-        return megatron_evaluate(prefix, *values, **named)
+        # Megatron would leave out what is measured where no training was left to do.
+        return megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
 
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
     megatron_save = megatron_training.save_checkpoint_and_time
