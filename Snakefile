@@ -38,3 +38,7 @@ onstart:
 
 onsuccess:
     say_where_results_are()
+
+
+onerror:
+    say_what_failed()

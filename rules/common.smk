@@ -1,5 +1,6 @@
 # The run's config and layout, read once. Python lives in scripts/megaqwen; this names its results.
 import os
+import time
 
 from megaqwen.config import load_config
 from megaqwen.config.checks import check_model_fits
@@ -7,17 +8,19 @@ from megaqwen.data.files import corpus_files
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import write_text
+from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
-from megaqwen.summary import ended_lines, resolved_yaml
+from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
 
 try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
     CONFIG = load_config(Path("config/config.yaml"), config, overlay_files)
+    LAYOUT = Layout(config=CONFIG)
+    check_writable(LAYOUT.results, named_by="results")
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-LAYOUT = Layout(config=CONFIG)
+STARTED = time.time()
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
@@ -63,12 +66,12 @@ def model_files(wildcards):
     if CONFIG.model.source != "path":
         return []
     directory = Path(CONFIG.model.path).expanduser()
-    parts = sorted(
+    # Of a directory that is not there, download says so.
+    return sorted(
         path
         for pattern in ("*.safetensors", "*.json")
         for path in directory.glob(pattern)
     )
-    return parts or [directory / "config.json"]
 
 
 def ranks_needed(wildcards):
@@ -94,3 +97,9 @@ def say_where_results_are():
     """The last words of a run that made its report."""
     for line in ended_lines(LAYOUT):
         logger.info(line)
+
+
+def say_what_failed():
+    """The last words of a run that failed: Snakemake's own say which job and not why."""
+    for line in failed_lines(LOGS, STARTED):
+        logger.error(line)

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megaqwen.errors import InputError
+
 MANIFEST_FORMAT = 1
 RECORDED_PACKAGES = (
     "snakemake",
@@ -45,6 +47,24 @@ def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex, read in blocks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_writable(directory: Path, *, named_by: str) -> None:
+    """InputError unless a directory is there, or can be made, and can be written to.
+
+    Args:
+        directory: It need not be there yet.
+        named_by: The config's key or the option that names it.
+    """
+    there = directory.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"{named_by} is {directory}, but {there} is a file: choose a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{named_by} is {directory}, but {there} cannot be written to: choose another directory"
+        )
 
 
 def temporary_sibling(path: Path) -> Path:

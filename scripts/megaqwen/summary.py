@@ -1,4 +1,8 @@
-"""What a finished run says of itself: its config as one file, and where its results lie."""
+"""What a run says of itself: its config as one file, where its results lie, or why it failed."""
+
+import re
+from itertools import takewhile
+from pathlib import Path
 
 import yaml
 
@@ -31,3 +35,26 @@ def ended_lines(layout: Layout) -> list[str]:
     }
     lines += [f"{name + ':':15} {path}" for name, path in places.items() if path.exists()]
     return lines
+
+
+LOGGED = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ([A-Z]+) ", re.MULTILINE)
+
+
+def failed_lines(logs: Path, since: float) -> list[str]:
+    """The last error of each stage, from the logs written to after `since` (seconds since the epoch).
+
+    Of ranks that failed with the same words, one is named.
+    """
+    errors: dict[str, str] = {}
+    for log in sorted(logs.glob("*.log")):
+        if log.stat().st_mtime < since:
+            continue
+        # Level and text by turns, behind what was printed before the first record.
+        _, *records = LOGGED.split(log.read_text(encoding="utf-8", errors="replace"))
+        if records and records[-2] == "ERROR":
+            first, *rest = records[-1].splitlines()
+            # A message goes on over indented lines; what libraries print at exit is not indented.
+            text = "\n".join([first, *takewhile(lambda line: line.startswith(" "), rest)])
+            text = text.removeprefix("error: ")
+            errors.setdefault(text, f"{log.name.split('.')[0]} failed: {text}")
+    return list(errors.values())

@@ -22,6 +22,7 @@ AT_LEAST_ONE = """
 AT_LEAST_ZERO = """
     lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters seed num_workers adam_beta1
     adam_beta2 adam_eps"""
+EVAL_ITERS = 100  # Megatron's default
 VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 # What an option needs to be set as well.
 NEEDS = (
@@ -61,6 +62,11 @@ def data_mistakes(values: Mapping[str, Any]) -> list[Mistake]:
     if isinstance(split, list) and len(split) == 3 and split[0] == 0:
         text = "0 is given: training needs a share of the documents, as in [96, 2, 2]"
         mistakes.append(Mistake(("data", "split", 0), text))
+    train = values.get("train")
+    evaluations = train.get("eval_iters", EVAL_ITERS) if isinstance(train, Mapping) else 0
+    if evaluations and isinstance(split, list) and len(split) == 3 and split[1] == 0:
+        text = "0 is given: validation needs a share of the documents, or train.eval_iters 0 (it is"
+        mistakes.append(Mistake(("data", "split", 1), f"{text} {evaluations})"))
     return mistakes
 
 

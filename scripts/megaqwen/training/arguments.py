@@ -65,6 +65,8 @@ def training_options(
         "exit_signal_handler": True,
     }
     options = {
+        # Megatron divides by it, whether or not it evaluates.
+        "eval_interval": chosen["train_iters"],
         **megatron_options(hf_config, chosen.get("tensor_model_parallel_size", 1)),
         **(GPU_OPTIONS if gpu else cpu_options(chosen)),
         **chosen,

@@ -74,7 +74,10 @@ def dataset_provider(corpora: Corpora) -> Any:
             )
             return ends and mpu.get_tensor_model_parallel_rank() == 0
 
-        return BlendedMegatronDatasetBuilder(GPTDataset, samples, reads_data, config).build()
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, samples, reads_data, config)
+        train, *evaluated = builder.build()
+        # Megatron does not take an empty set for one that is not there.
+        return train, *(evaluated if get_args().eval_iters else (None, None))
 
     provide.is_distributed = True  # type: ignore[attr-defined]  # each rank builds its own
     return provide
