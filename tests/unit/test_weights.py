@@ -170,11 +170,11 @@ def test_megatron_sees_groups_of_query_key_value(tiny_qwen2: Path, tmp_path: Pat
     """The fused order, written out for the tiny Qwen2: 6 heads in 2 groups, heads of 32."""
     weights, transfers = checked_model(tiny_qwen2)
     stored = MegatronWeights(find_checkpoint(converted(tiny_qwen2, tmp_path / "megatron")))
-    (bias,) = (t for t in transfers if t.key.endswith("linear_qkv.bias") and t.layer == 1)
+    (bias,) = (t for t in transfers if t.key.endswith("linear_qkv.bias") and t.places[0].position == (1,))
     query, key, value = (weights.read(name) for name in bias.huggingface)
     expected = [query[:96], key[:32], value[:32], query[96:], key[32:], value[32:]]
     assert torch.equal(stored.read(bias), torch.cat(expected))
-    (fc1,) = (t for t in transfers if t.key.endswith("linear_fc1.weight") and t.layer == 3)
+    (fc1,) = (t for t in transfers if t.key.endswith("linear_fc1.weight") and t.places[0].position == (3,))
     gate, up = (weights.read(f"model.layers.3.mlp.{part}_proj.weight") for part in ("gate", "up"))
     assert torch.equal(stored.read(fc1), torch.cat([gate, up]))
 
@@ -235,7 +235,7 @@ def test_each_tensor_is_transferred_once(model: Path) -> None:
     assert len(names) == len(set(names))
     with safe_open(model / "model.safetensors", framework="pt") as file:
         assert set(names) == set(file.keys())
-    boxes = [(transfer.key, transfer.layer) for transfer in transfers]
+    boxes = [transfer.places[0] for transfer in transfers]
     assert len(boxes) == len(set(boxes))
 
 

@@ -1,13 +1,22 @@
 """Reads a Qwen's config.json into the facts that the bridge and Megatron need.
 
-What a config leaves out means what transformers makes of it: the defaults below are those of
-Qwen2Config and Qwen3Config. What the bridge cannot carry is refused by name.
+What a config leaves out means what transformers makes of it: the defaults below are those of its
+configuration classes. What the bridge cannot carry is refused by name.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megaqwen.architecture.experts import Experts, read_experts
+from megaqwen.architecture.reading import Facts, above_zero, given, positive
+from megaqwen.architecture.rope import (
+    ROPE_TYPES,
+    Yarn,
+    read_theta,
+    read_yarn,
+    rope_parameters,
+    rope_type,
+)
 from megaqwen.errors import InputError
 
 
@@ -19,13 +28,19 @@ class Family:
     """Whether the query, key and value projections have a bias; the output projection has none."""
     qk_norm: bool
     """Whether each head's query and key pass an RMSNorm before the rotary embedding."""
-    head_dim: int | None
+    head_dim: int | None = None
     """Head size where config.json has none; None: hidden_size / num_attention_heads."""
+    experts: bool = False
+    shared_expert: bool = False
+    window_from_layer: bool = False
+    """Whether a sliding window, where it is used, starts at layer max_window_layers."""
 
 
 FAMILIES = {
-    "qwen2": Family(qkv_bias=True, qk_norm=False, head_dim=None),
-    "qwen3": Family(qkv_bias=False, qk_norm=True, head_dim=128),
+    "qwen2": Family(qkv_bias=True, qk_norm=False, window_from_layer=True),
+    "qwen3": Family(qkv_bias=False, qk_norm=True, head_dim=128, window_from_layer=True),
+    "qwen2_moe": Family(qkv_bias=True, qk_norm=False, experts=True, shared_expert=True),
+    "qwen3_moe": Family(qkv_bias=False, qk_norm=True, experts=True),
 }
 DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 32768,
@@ -34,18 +49,18 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-DEFAULT_ROPE_THETA = 10000.0
+DEFAULT_WINDOW_LAYER = 28
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense Qwen's shape and constants."""
+    """A Qwen's shape and constants."""
 
     model_type: str
     layers: int
     hidden_size: int
     ffn_size: int
-    """Rows of gate_proj and of up_proj."""
+    """Rows of gate_proj and of up_proj in a layer without experts."""
     heads: int
     """Query heads."""
     query_groups: int
@@ -56,13 +71,25 @@ class Architecture:
     max_positions: int
     norm_epsilon: float
     rope_theta: float
+    yarn: Yarn | None
     init_std: float
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None
+    """None: a dense model."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts instead of one plain MLP."""
+        return self.experts is not None and self.experts.in_layer[layer]
+
+    @property
+    def equal_layers(self) -> bool:
+        """Whether all layers are of one kind."""
+        return self.experts is None or all(self.experts.in_layer)
 
 
-def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
+def read_architecture(hf_config: Facts) -> Architecture:
     """The architecture of a parsed config.json.
 
     Raises:
@@ -74,14 +101,15 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
             f"config.json: model_type {model_type!r} is not supported;"
             f" supported: {', '.join(FAMILIES)}"
         )
-    refuse_unsupported(hf_config)
     family = FAMILIES[model_type]
+    refuse_unsupported(hf_config, family)
+    layers = positive(hf_config, "num_hidden_layers")
     heads = positive(hf_config, "num_attention_heads")
     hidden_size = positive(hf_config, "hidden_size")
     values = {**DEFAULTS, **hf_config}
     architecture = Architecture(
         model_type=model_type,
-        layers=positive(hf_config, "num_hidden_layers"),
+        layers=layers,
         hidden_size=hidden_size,
         ffn_size=positive(hf_config, "intermediate_size"),
         heads=heads,
@@ -91,12 +119,16 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
         head_dim=read_head_dim(hf_config, family, hidden_size, heads),
         vocab_size=positive(hf_config, "vocab_size"),
         max_positions=positive(values, "max_position_embeddings"),
-        norm_epsilon=float(values["rms_norm_eps"]),
-        rope_theta=read_rope_theta(hf_config),
-        init_std=float(values["initializer_range"]),
+        norm_epsilon=above_zero(values, "rms_norm_eps"),
+        rope_theta=read_theta(hf_config),
+        yarn=read_yarn(values),
+        init_std=above_zero(values, "initializer_range"),
         tied_embeddings=bool(values["tie_word_embeddings"]),
-        qkv_bias=family.qkv_bias,
+        qkv_bias=family.qkv_bias and hf_config.get("qkv_bias", True),
         qk_norm=family.qk_norm,
+        experts=read_experts(hf_config, layers, shared=family.shared_expert)
+        if family.experts
+        else None,
     )
     if heads % architecture.query_groups:
         raise InputError(
@@ -106,23 +138,7 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     return architecture
 
 
-def given(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys whose value is not null."""
-    return {key: value for key, value in hf_config.items() if value is not None}
-
-
-def positive(hf_config: Mapping[str, Any], key: str) -> int:
-    """A whole number above zero; InputError where there is none."""
-    value = hf_config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = f"{value!r}" if key in hf_config else "missing"
-        raise InputError(f"config.json: {key} is {found}: a whole number above zero is expected")
-    return value
-
-
-def read_head_dim(
-    hf_config: Mapping[str, Any], family: Family, hidden_size: int, heads: int
-) -> int:
+def read_head_dim(hf_config: Facts, family: Family, hidden_size: int, heads: int) -> int:
     """The size of one head."""
     if hf_config.get("head_dim") is not None:
         return positive(hf_config, "head_dim")
@@ -136,24 +152,18 @@ def read_head_dim(
     return hidden_size // heads
 
 
-def read_rope_theta(hf_config: Mapping[str, Any]) -> float:
-    """The rotary base: transformers 5 writes it into rope_parameters, 4 at the top level."""
-    parameters = hf_config.get("rope_parameters") or {}
-    theta = parameters.get("rope_theta", hf_config.get("rope_theta"))
-    return DEFAULT_ROPE_THETA if theta is None else float(theta)
-
-
-def refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
+def refuse_unsupported(hf_config: Facts, family: Family) -> None:
     """InputError for the first setting that the bridge would have to drop."""
-    rope = {**(hf_config.get("rope_parameters") or {}), **(hf_config.get("rope_scaling") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    layer_types = hf_config.get("layer_types") or []
+    rope = rope_type(hf_config)
+    rotated = (rope_parameters(hf_config), hf_config)
     refusals = {
-        "use_sliding_window true": hf_config.get("use_sliding_window"),
-        "layer_types other than full_attention": set(layer_types) - {"full_attention"},
-        f"rope type {rope_type!r} (only 'default')": rope_type != "default",
-        "partial_rotary_factor other than 1": rope.get("partial_rotary_factor", 1) != 1
-        or (hf_config.get("partial_rotary_factor") or 1) != 1,
+        "use_sliding_window true": uses_window(hf_config, family),
+        "layer_types other than full_attention": set(hf_config.get("layer_types") or [])
+        - {"full_attention"},
+        f"rope type {rope!r} (only {' and '.join(ROPE_TYPES)})": rope not in ROPE_TYPES,
+        "partial_rotary_factor other than 1": any(
+            (facts.get("partial_rotary_factor") or 1) != 1 for facts in rotated
+        ),
         "a quantization_config: give the model before quantization": hf_config.get(
             "quantization_config"
         ),
@@ -161,9 +171,25 @@ def refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
             "hidden_act", "silu"
         )
         != "silu",
-        "attention_bias true in qwen3": hf_config.get("model_type") == "qwen3"
+        f"attention_bias true in {hf_config.get('model_type')}": family.qk_norm
         and hf_config.get("attention_bias"),
     }
     for what, refused in refusals.items():
         if refused:
             raise InputError(f"config.json: {what} is not supported")
+
+
+def uses_window(hf_config: Facts, family: Family) -> bool:
+    """Whether attention of any layer ends at a window: Megatron has one for all layers or none.
+
+    Configs without a window in use often name one: what counts is use_sliding_window, and for
+    the dense models also the first layer that it holds for.
+    """
+    if not hf_config.get("use_sliding_window"):
+        return False
+    if not family.window_from_layer:
+        return True
+    if hf_config.get("layer_types") or hf_config.get("sliding_window", 0) is None:
+        return False  # layer_types decide, or there is no window's size
+    first = hf_config.get("max_window_layers", DEFAULT_WINDOW_LAYER)
+    return bool(first < positive(hf_config, "num_hidden_layers"))

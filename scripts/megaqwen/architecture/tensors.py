@@ -4,19 +4,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megaqwen.architecture.experts import Experts
 from megaqwen.architecture.qwen import Architecture, read_architecture
 
+Shape = tuple[int, ...]
 
-def tensor_shapes(qwen: Architecture) -> dict[str, tuple[int, ...]]:
+
+def tensor_shapes(qwen: Architecture) -> dict[str, Shape]:
     """The shape of every tensor in the safetensors files, by name and in the model's order.
 
-    A tied output head is not in it: it is the embedding.
+    A tied output head is not in it: it is the embedding. Experts have a tensor each, as on the Hub;
+    transformers stacks them when it loads them.
     """
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (qwen.vocab_size, qwen.hidden_size)
-    }
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (qwen.vocab_size, qwen.hidden_size)}
     for layer in range(qwen.layers):
-        for name, shape in layer_shapes(qwen).items():
+        for name, shape in layer_shapes(qwen, layer).items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     shapes["model.norm.weight"] = (qwen.hidden_size,)
     if not qwen.tied_embeddings:
@@ -24,21 +26,32 @@ def tensor_shapes(qwen: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def layer_shapes(qwen: Architecture) -> dict[str, tuple[int, ...]]:
+def layer_shapes(qwen: Architecture, layer: int) -> dict[str, Shape]:
     """The shapes of one decoder layer's tensors, by their names within the layer."""
-    hidden, ffn = qwen.hidden_size, qwen.ffn_size
+    hidden = qwen.hidden_size
+    feed_forward = (
+        expert_shapes(qwen.experts, hidden)
+        if qwen.experts and qwen.has_experts(layer)
+        else mlp_shapes("mlp", hidden, qwen.ffn_size)
+    )
+    return {
+        "input_layernorm.weight": (hidden,),
+        **attention_shapes(qwen),
+        "post_attention_layernorm.weight": (hidden,),
+        **feed_forward,
+    }
+
+
+def attention_shapes(qwen: Architecture) -> dict[str, Shape]:
+    """The projections, with biases or head norms where the model has them."""
+    hidden = qwen.hidden_size
     query_rows = qwen.heads * qwen.head_dim
     key_rows = qwen.query_groups * qwen.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
+    shapes: dict[str, Shape] = {
         "self_attn.q_proj.weight": (query_rows, hidden),
         "self_attn.k_proj.weight": (key_rows, hidden),
         "self_attn.v_proj.weight": (key_rows, hidden),
         "self_attn.o_proj.weight": (hidden, query_rows),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
     }
     if qwen.qkv_bias:
         shapes["self_attn.q_proj.bias"] = (query_rows,)
@@ -48,6 +61,26 @@ def layer_shapes(qwen: Architecture) -> dict[str, tuple[int, ...]]:
         shapes["self_attn.q_norm.weight"] = (qwen.head_dim,)
         shapes["self_attn.k_norm.weight"] = (qwen.head_dim,)
     return shapes
+
+
+def expert_shapes(experts: Experts, hidden: int) -> dict[str, Shape]:
+    """The router, each expert by its number, and the shared expert with its gate."""
+    shapes: dict[str, Shape] = {"mlp.gate.weight": (experts.count, hidden)}
+    for expert in range(experts.count):
+        shapes |= mlp_shapes(f"mlp.experts.{expert}", hidden, experts.ffn_size)
+    if experts.shared_ffn_size is not None:
+        shapes |= mlp_shapes("mlp.shared_expert", hidden, experts.shared_ffn_size)
+        shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    return shapes
+
+
+def mlp_shapes(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:
+    """A gated MLP."""
+    return {
+        f"{prefix}.gate_proj.weight": (ffn, hidden),
+        f"{prefix}.up_proj.weight": (ffn, hidden),
+        f"{prefix}.down_proj.weight": (hidden, ffn),
+    }
 
 
 def count_parameters(hf_config: Mapping[str, Any]) -> int:

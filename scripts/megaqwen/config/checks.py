@@ -118,7 +118,7 @@ def expert_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
     """Experts are shared out evenly among expert parallel ranks."""
     name = "expert_model_parallel_size"
     size = train.get(name, 1)
-    experts = hf_config.get("num_experts") or 0
+    experts = hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0
     if size > 1 and not experts:
         yield name, f"{size} is given, but the model has no experts: leave it out"
     elif experts and experts % size:

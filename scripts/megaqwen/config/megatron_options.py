@@ -198,9 +198,8 @@ def to_arguments(canonical: Mapping[str, object]) -> list[str]:
 def option_words(option: Option, value: object) -> list[str]:
     """The words that set one option to its canonical value."""
     if option["type"] == "bool" and "flags" not in option:
-        if bool(option["default"]) is value:
-            return []
-        return option["on" if value else "off"][:1]
+        words: list[str] = option["on" if value else "off"][:1]
+        return [] if option["default"] is value else words
     flag = option["flags"][0]
     if "nargs" in option:
         assert isinstance(value, list)

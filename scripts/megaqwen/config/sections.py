@@ -26,8 +26,8 @@ class TinyModel(Section):
     """A model of a few million parameters that is made on the spot, for trying the whole DAG."""
 
     source: Literal["tiny"]
-    architecture: Literal["qwen3", "qwen2"] = "qwen3"
-    """qwen3: q/k norm, head_dim of its own, tied embeddings. qwen2 (Qwen2.5): QKV bias, untied."""
+    architecture: Literal["qwen3", "qwen2", "qwen3_moe", "qwen2_moe"] = "qwen3"
+    """qwen3 (q/k norm, tied), qwen2 (Qwen2.5: QKV bias, untied), or one with experts of each kind."""
     seed: int = Field(default=1234, ge=0)
     """Seed of its random weights."""
 

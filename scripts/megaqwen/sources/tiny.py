@@ -16,7 +16,7 @@ def write_tiny_model(directory: Path, architecture: str, seed: int) -> None:
 
     Args:
         directory: An existing directory to write to.
-        architecture: qwen3 or qwen2, see `tiny_hf_config`.
+        architecture: qwen3, qwen2, qwen3_moe or qwen2_moe, see `tiny_hf_config`.
         seed: Of the random weights.
     """
     facts = tiny_hf_config(architecture)

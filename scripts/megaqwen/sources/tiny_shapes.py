@@ -1,5 +1,6 @@
 """The shapes of the tiny models, as the facts of a Hugging Face config.json. Light: no torch."""
 
+import copy
 from typing import Any
 
 BPE_TOKENS = 2528
@@ -25,7 +26,7 @@ COMMON: dict[str, Any] = {
 }
 
 # As in the real models, the embedding has more rows than the tokenizer has tokens (2535).
-# qwen2's 2600 rows are no multiple of 128, so that Megatron has to pad them; qwen3's are.
+# 2600 rows are no multiple of 128, so that Megatron has to pad them; 2560 are.
 TINY: dict[str, dict[str, Any]] = {
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -43,6 +44,35 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-05,
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 48,
+        "vocab_size": 2560,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-06,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "vocab_size": 2600,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-06,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],  # a plain MLP of intermediate_size
+    },
 }
 
 
@@ -50,7 +80,8 @@ def tiny_hf_config(architecture: str) -> dict[str, Any]:
     """The config.json facts of a tiny model, as a new dict in the form that the Hub's models have.
 
     Args:
-        architecture: qwen3 (q/k norm, head_dim of its own, tied embeddings) or qwen2 (Qwen2.5:
-            QKV bias, untied embeddings).
+        architecture: qwen3 (q/k norm, head_dim of its own, tied embeddings), qwen2 (Qwen2.5:
+            QKV bias, untied embeddings), qwen3_moe (as qwen3 but untied, experts in every layer) or
+            qwen2_moe (as qwen2, experts and a shared one in all layers but the second).
     """
-    return {**COMMON, **TINY[architecture], "architectures": [*TINY[architecture]["architectures"]]}
+    return copy.deepcopy({**COMMON, **TINY[architecture]})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,7 +56,21 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpe
     )
     if transformer.transformer_impl == "local":
         replace_norms(spec)
+        for layer in spec.layer_specs:
+            keep_expert_norm_key(layer)
     return spec
+
+
+def keep_expert_norm_key(layer: ModuleSpec) -> None:
+    """Save the norm before experts under Transformer Engine's key, so that either kind loads it.
+
+    Megatron's local layers name it as if it were fused with a plain MLP, in layers with experts too.
+    """
+    if getattr(layer.submodules.mlp, "func", None) is MoELayer:
+        keys = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {
+            key: value for key, value in keys.items() if key != "pre_mlp_layernorm."
+        }
 
 
 def model_config(arguments: Namespace) -> GPTModelConfig:

@@ -96,22 +96,21 @@ class MegatronWeights:
         Raises:
             InputError: The checkpoint has no such tensor, or it has another shape.
         """
-        zeros = torch.Size([0] * len(transfer.shape))
-        box = ChunkStorageMetadata(offsets=zeros, sizes=torch.Size(transfer.shape))
-        key, expected = transfer.key_of_layer, transfer.shape
-        if transfer.layer is not None and transfer.key in self.tensors:
-            key, expected = transfer.key, transfer.stacked_shape
-            box = ChunkStorageMetadata(
-                offsets=torch.Size([transfer.layer, *zeros]), sizes=torch.Size([1, *transfer.shape])
-            )
+        place = next((each for each in transfer.places if each.key in self.tensors), None)
+        place = place or transfer.places[0]
+        key, expected = place.key, (*place.lengths, *transfer.shape)
+        box = ChunkStorageMetadata(
+            offsets=torch.Size([*place.position, *(0 for _ in transfer.shape)]),
+            sizes=torch.Size([*(1 for _ in place.position), *transfer.shape]),
+        )
         stored = self.tensors.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             raise InputError(
                 f"{self.checkpoint}: {transfer.key} is missing: the checkpoint is not of this model"
             )
-        fits = tuple(stored.size) == tuple(expected)
+        fits = tuple(stored.size) == expected
         if transfer.row.padded:
-            fits = stored.size[0] >= expected[0] and tuple(stored.size[1:]) == tuple(expected[1:])
+            fits = stored.size[0] >= expected[0] and tuple(stored.size[1:]) == expected[1:]
         if not fits:
             raise InputError(
                 f"{self.checkpoint}: {key} has shape {list(stored.size)}, but by config.json it is"
@@ -122,6 +121,7 @@ class MegatronWeights:
     def check(self, transfers: list[Transfer]) -> None:
         """InputError unless the checkpoint holds all transfers and no other tensor of the model."""
         keys = {self.locate(transfer)[0] for transfer in transfers}
+        keys |= {place.key for transfer in transfers for place in transfer.copies}
         model = {
             key
             for key, stored in self.tensors.items()

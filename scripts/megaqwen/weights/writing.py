@@ -31,12 +31,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megaqwen.provenance import write_json, write_text
-from megaqwen.weights.mapping import (
-    EXTRA_STATES,
-    EXTRA_STATES_IN_EACH_LAYER,
-    MEGATRON_LAYERS,
-    Transfer,
-)
+from megaqwen.weights.mapping import Place, Transfer, extra_states
 
 FILE_BYTES = 2 * 10**9
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -95,12 +90,15 @@ def write_checkpoint(
     make: dict[MetadataIndex, Callable[[], Tensor | io.BytesIO]] = {}
     plans: list[SavePlan] = []
     for group in groups_by_size(transfers, key_dtypes):
-        items = [tensor_item(transfer, key_dtypes[transfer.key]) for transfer in group]
-        for item, transfer in zip(items, group, strict=True):
-            make[item.index] = tensor_maker(transfer, key_dtypes[transfer.key], read)
-        plans.append(SavePlan(items))
+        plans.append(SavePlan([]))
+        for transfer in group:
+            dtype = key_dtypes[transfer.key]
+            for place in (transfer.places[0], *transfer.copies):
+                item = tensor_item(transfer, place, dtype)
+                make[item.index] = tensor_maker(transfer, place, dtype, read)
+                plans[-1].items.append(item)
     plans.append(SavePlan([]))
-    for name, value in objects(transfers[0].layers, options).items():
+    for name, value in objects(transfers, options).items():
         index = MetadataIndex(name)
         make[index] = object_maker(value)
         plans[-1].items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
@@ -148,42 +146,38 @@ def groups_by_size(
     yield group
 
 
-def tensor_item(transfer: Transfer, dtype: torch.dtype) -> WriteItem:
-    """One layer of a stacked tensor, or a whole tensor, as torch's writer knows it."""
-    offsets = torch.Size([0] * len(transfer.stacked_shape))
-    sizes = torch.Size(transfer.shape)
-    if transfer.layer is not None:
-        offsets = torch.Size([transfer.layer, *offsets[1:]])
-        sizes = torch.Size([1, *sizes])
+def tensor_item(transfer: Transfer, place: Place, dtype: torch.dtype) -> WriteItem:
+    """A transfer's part of a stacked tensor, or a whole tensor, as torch's writer knows it."""
+    offsets = torch.Size([*place.position, *(0 for _ in transfer.shape)])
     return WriteItem(
-        index=MetadataIndex(transfer.key, offsets),
+        index=MetadataIndex(place.key, offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            chunk=ChunkStorageMetadata(
+                offsets=offsets,
+                sizes=torch.Size([*(1 for _ in place.position), *transfer.shape]),
+            ),
             properties=TensorProperties(dtype=dtype),
-            size=torch.Size(transfer.stacked_shape),
+            size=torch.Size([*place.lengths, *transfer.shape]),
         ),
     )
 
 
 def tensor_maker(
-    transfer: Transfer, dtype: torch.dtype, read: Callable[[str], Tensor]
+    transfer: Transfer, place: Place, dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> Callable[[], Tensor]:
     """What reads a transfer's parts and makes Megatron's tensor of them."""
 
     def make() -> Tensor:
         fused = transfer.transform.fuse([read(name).to(dtype) for name in transfer.huggingface])
-        return fused if transfer.layer is None else fused.unsqueeze(0)
+        return fused.reshape(*(1 for _ in place.position), *transfer.shape)
 
     return make
 
 
-def objects(layers: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is no tensor, by Megatron's keys of sharded objects: name/shard_offset_count."""
-    extra = {f"{name}/shard_0_1": None for name in EXTRA_STATES}
-    for name in EXTRA_STATES_IN_EACH_LAYER:
-        for layer in range(layers):
-            extra[f"{MEGATRON_LAYERS}{name}/shard_{layer}_{layers}"] = None
+def objects(transfers: Iterable[Transfer], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no tensor, by Megatron's keys of sharded objects."""
+    extra = {place.object_key: None for place in extra_states(transfers)}
     common_state = {**COMMON_STATE, "args": Namespace(**options)}
     return {**extra, "common_state/shard_0_1": common_state}
 
