@@ -8,6 +8,7 @@ rule parity_convert:
     input:
         checkpoint=rules.convert.output.manifest,
         data=rules.preprocess.output.manifest,
+        gate=rules.parity_gate.output.verdict,
     output:
         verdict=LAYOUT.run / "parity" / "convert" / "parity.json",
     log:
@@ -23,10 +24,10 @@ rule parity_convert:
         checkpoint=LAYOUT.megatron / "checkpoint",
         data=LAYOUT.data,
     message:
-        "parity gate: is the converted checkpoint the Hugging Face model?"
+        "parity after convert: the gate's verdict, measured again where parity has changed"
     shell:
         "HF_HUB_OFFLINE=1 {params.command} --crossing convert"
-        " --model {params.model} --checkpoint {params.checkpoint}"
+        " --model {params.model} --checkpoint {params.checkpoint} --gate {input.gate}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict} --log {log}"
 

@@ -3,8 +3,7 @@ rule train:
     input:
         checkpoint=rules.convert.output.manifest,
         data=rules.preprocess.output.manifest,
-        # It has to pass first; that it was asked again with other texts changes nothing here.
-        parity=ancient(LAYOUT.run / "parity" / "convert" / "parity.json"),
+        gate=rules.parity_gate.output.verdict,
     output:
         manifest=LAYOUT.run / "train" / "manifest.json",
     log:

@@ -14,15 +14,16 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaqwen.config import Config, load_config
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, write_json
+from megaqwen.provenance import StageRecord, existing, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from megaqwen.parity.gates import Comparison, Gate
@@ -42,7 +43,15 @@ def parity(arguments: argparse.Namespace) -> None:
     record = StageRecord(
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
     )
+    existing(arguments.model / "config.json", "download")
     arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
+    inputs = {"model": arguments.model.parent / "manifest.json"}
+    if arguments.checkpoint_manifest:
+        inputs["checkpoint"] = arguments.checkpoint_manifest
+    if arguments.gate and (verdict := same_verdict(arguments.gate, record, inputs)):
+        write_json(arguments.output, verdict)
+        logger.info("parity after %s: passed at the gate already", arguments.crossing)
+        return
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -63,12 +72,19 @@ def parity(arguments: argparse.Namespace) -> None:
             f"parity after {arguments.crossing} failed at {', '.join(names)}. {failed[0]}. "
             f"Likely: {likely_cause(names)}. All figures: {failure}"
         )
-    inputs = {"model": arguments.model.parent / "manifest.json"}
-    if arguments.checkpoint_manifest:
-        inputs["checkpoint"] = arguments.checkpoint_manifest
     failure.unlink(missing_ok=True)
     record.write(arguments.output, inputs=inputs, results=results)
     logger.info("parity after %s: passed at %d positions", arguments.crossing, results["positions"])
+
+
+def same_verdict(
+    gate: Path, record: StageRecord, inputs: Mapping[str, Path]
+) -> dict[str, Any] | None:
+    """The gate's manifest, where it was made with this config of these inputs; else None."""
+    verdict: dict[str, Any] = read_json(gate)
+    digests = {name: input_["sha256"] for name, input_ in verdict["inputs"].items()}
+    same = digests == {name: sha256_file(path) for name, path in inputs.items()}
+    return verdict if same and verdict["config"] == record.config else None
 
 
 def run_gates(
@@ -168,6 +184,11 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron's checkpoints")
     parser.add_argument("--checkpoint-manifest", type=Path, help="its manifest, to be recorded")
+    parser.add_argument(
+        "--gate",
+        type=Path,
+        help="an earlier verdict: taken over where all that decides it is the same",
+    )
     parser.add_argument("--data", type=Path, required=True, help="preprocess's directory")
     parser.add_argument("--output", type=Path, required=True, help="parity.json to write")
     return run_command(parity, parser)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megaqwen.config import load_config
 from megaqwen.console import run_command, stage_parser
-from megaqwen.provenance import new_directory, read_json, write_text
+from megaqwen.provenance import existing, new_directory, read_json, write_text
 from megaqwen.summary import resolved_yaml
 
 logger = logging.getLogger("megaqwen.report")
@@ -21,11 +21,12 @@ logger = logging.getLogger("megaqwen.report")
 
 def report(arguments: argparse.Namespace) -> None:
     """Run the stage."""
+    config = load_config(arguments.config)
+    manifests = [read_json(existing(path, "all")) for path in arguments.manifests]
+
     from megaqwen.report import figures, pages
     from megaqwen.training.metrics import read_metrics
 
-    config = load_config(arguments.config)
-    manifests = [read_json(path) for path in arguments.manifests]
     train = next(item for item in manifests if item["stage"] == "train")
     records = read_metrics(arguments.run / "train" / train["results"]["metrics"])
     text = resolved_yaml(config)

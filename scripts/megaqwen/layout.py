@@ -1,7 +1,8 @@
 """Where everything lies, and what each stage reads of the config.
 
-Download, convert and preprocess are shared: they live under a key made from what determines them, so
-that runs with the same model or corpora do that work once. The other stages live under the run's name.
+Download, convert, preprocess and the gate are shared: they live under a key made from what determines
+them, so that runs with the same model or corpora do that work once. The other stages live under the
+run's name.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ RECIPE = {
     "download": 1,
     "convert": 2,
     "preprocess": 1,
+    "gate": 1,
     "parity": 2,
     "train": 1,
     "export": 1,
@@ -46,6 +48,11 @@ class Layout:
                 fields = {"model": self.model_key}
             case "preprocess":
                 fields = {"model": self.model_key, "corpora": data["corpora"]}
+            case "gate":
+                # What is compared, not how: other texts are no reason to train again.
+                made_of = {"convert": self.stage_digest("convert")}
+                fields = {**made_of, "preprocess": self.stage_digest("preprocess")}
+                fields |= {"split": data["split"]}
             case "parity":
                 fields = {"parity": config["parity"]}
             case "train":
@@ -87,6 +94,11 @@ class Layout:
     def data(self) -> Path:
         """Preprocess's directory: one .bin and .idx a corpus, and manifest.json."""
         return self.results / "shared" / "data" / self.stage_digest("preprocess")
+
+    @cached_property
+    def gate(self) -> Path:
+        """The gate's directory: parity.json, the verdict after convert that training waits for."""
+        return self.results / "shared" / "gates" / self.stage_digest("gate")
 
     @cached_property
     def run(self) -> Path:

@@ -49,6 +49,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def existing(path: Path, stage: str) -> Path:
+    """`path`, or an InputError that names the stage which makes it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run the stage that makes it (snakemake {stage})")
+    return path
+
+
 def check_writable(directory: Path, *, named_by: str) -> None:
     """InputError unless a directory is there, or can be made, and can be written to.
 

@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megaqwen.errors import InputError
+from megaqwen.provenance import existing
 
 SHARES = ("training", "validation", "test")
 
@@ -69,7 +70,13 @@ def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[
         prefix: Path of the corpus's .bin and .idx, without the extension.
         split: Shares for training, validation and test.
         count: How many; fewer come where the test share has fewer.
+
+    Raises:
+        InputError: There are no such files.
     """
+    if not count:
+        return []
+    existing(prefix.with_name(f"{prefix.name}.idx"), "preprocess")
     dataset = IndexedDataset(str(prefix))
     test = split_documents(len(dataset), split)[Split.test.value]
     return [dataset[index][:-1].tolist() for index in test[:count]]

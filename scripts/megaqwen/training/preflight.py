@@ -10,7 +10,7 @@ from megaqwen.config import Config, load_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, read_json
+from megaqwen.provenance import StageRecord, existing, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,3 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
         terminal=arguments.terminal,
         record=StageRecord("train", layout.stage_config("train")),
     )
-
-
-def existing(path: Path, stage: str) -> Path:
-    """`path`, or an InputError that names the stage which makes it."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: run the stage that makes it (snakemake {stage})")
-    return path

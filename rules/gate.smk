@@ -1,0 +1,27 @@
+# Training waits for this verdict, and for no later one: a rule that measures again when only the texts
+# of the comparison change would make Snakemake train again.
+rule parity_gate:
+    input:
+        checkpoint=rules.convert.output.manifest,
+        data=rules.preprocess.output.manifest,
+    output:
+        verdict=LAYOUT.gate / "parity.json",
+    log:
+        LOGS / "parity_gate.log",
+    benchmark:
+        LOGS / "parity_gate.benchmark.tsv"
+    conda:
+        "../envs/megaqwen.yaml"
+    params:
+        command=stage_command("parity.py"),
+        digest=LAYOUT.stage_digest("gate"),
+        model=LAYOUT.model / "hf",
+        checkpoint=LAYOUT.megatron / "checkpoint",
+        data=LAYOUT.data,
+    message:
+        "parity gate: is the converted checkpoint the Hugging Face model?"
+    shell:
+        "HF_HUB_OFFLINE=1 {params.command} --crossing convert"
+        " --model {params.model} --checkpoint {params.checkpoint}"
+        " --checkpoint-manifest {input.checkpoint} --data {params.data}"
+        " --output {output.verdict} --log {log}"
