@@ -1,0 +1,70 @@
+"""Ranks that load checkpoints under other layouts and save them again, with Megatron's own code.
+
+    torchrun --nproc-per-node 4 relayout.py JOBS.json
+
+JOBS.json is a list of {"options": Megatron's options, "load": ..., "save": ...}, done in order.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+
+def relayout(options: dict[str, Any], load: str, save: str) -> None:
+    """Build the model under a layout, load it, and save it."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training import global_vars, initialize
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+    from megatron.training.models.gpt import GPTModelBuilder
+    from torch.distributed import distributed_c10d
+
+    from megaqwen.config.megatron_options import to_arguments
+    from megaqwen.training.model import model_config
+
+    dataset_utils.compile_helpers = lambda: None  # the wheel has them compiled, and no Makefile
+    sys.argv = [sys.argv[0], *to_arguments({**options, "load": load, "save": save})]
+    arguments = parse_and_validate_args()
+    initialize.initialize_megatron(allow_no_cuda=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    builder = GPTModelBuilder(model_config(arguments))
+    model = builder.build_distributed_models(groups, wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    save_checkpoint(1, model, None, None, 0)
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):  # or their threads pile up
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    global_vars.destroy_global_vars()
+    global_vars.unset_global_variables()
+
+
+def main() -> None:
+    """All jobs."""
+    from megaqwen.training import cpu_emulation
+
+    cpu_emulation.install()  # before anything imports Megatron
+
+    import torch
+
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        started = time.monotonic()
+        relayout(**job)
+        if torch.distributed.get_rank() == 0:
+            print(f"{job['save']}: {time.monotonic() - started:.1f} s", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
