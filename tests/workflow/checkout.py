@@ -1,0 +1,114 @@
+"""A copy of the repository to run Snakemake in, and stages that are done in no time."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from commands import ROOT
+
+STATISTICS = re.compile(r"^Job stats:\n.*?^total", re.MULTILINE | re.DOTALL)
+COUNTED = re.compile(r"^(\w+) +\d+$", re.MULTILINE)
+NOTHING_TO_DO = "Nothing to be done"
+STAGES = ("download", "convert", "preprocess", "parity", "launch", "export", "report")
+# In place of a stage: it writes what its rule declares, and keeps its name in a list.
+STUB = """
+import json, pathlib, sys
+words = dict(zip(sys.argv, sys.argv[1:]))
+output = pathlib.Path(words["--output"])
+name = pathlib.Path(sys.argv[0]).stem
+if name == "parity":
+    name += "_gate" if "gates" in output.parts else "_" + words["--crossing"]
+with open("ran.txt", "a") as stream:
+    stream.write(name.replace("launch", "train") + chr(10))
+if name in json.loads(pathlib.Path("failing.json").read_text()):
+    sys.exit("this stage was told to fail")
+names = {"report": [name + ".html" for name in ("report", "parity", "versions")]}
+names["report"] += ["loss.svg", "rates.svg", "config.yaml"]
+paths = [output] if output.suffix else [output / each for each in names.get(name, ["manifest.json"])]
+gate = {"name": "logits", "value": 0.0}
+verdict = {"results": {"verdict": "passed", "gates": [gate], "positions": 1}}
+for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(verdict))
+"""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A folder with the repository's files."""
+
+    directory: Path
+
+    def snakemake(
+        self, *words: object, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the real Snakemake here; what it prints is in `stdout`."""
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", *map(str, words)],
+            cwd=self.directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+
+    def plan(self, *words: object, profile: str = "local") -> set[str]:
+        """The rules that a dry run says would run, without `all`."""
+        process = self.snakemake("--profile", profile, "-n", *words)
+        assert process.returncode == 0, process.stdout
+        table = STATISTICS.search(process.stdout)
+        assert table or NOTHING_TO_DO in process.stdout, process.stdout
+        return set(COUNTED.findall(table[0])) - {"all"} if table else set()
+
+    def run(self, *words: object) -> list[str]:
+        """Run for real; the stages that ran, sorted."""
+        ran = self.directory / "ran.txt"
+        ran.write_text("")
+        process = self.snakemake("--profile", "local", *words)
+        assert process.returncode == 0, process.stdout
+        return sorted(ran.read_text().split())
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace the only occurrence of `old` in a file."""
+        file = self.directory / path
+        text = file.read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{path} has {old!r} {text.count(old)} times"
+        file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def copy_repository(directory: Path) -> Checkout:
+    """Copy what git tracks or would; the environment is that of the tests."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists() and not name.startswith("tests/"):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, directory / name, follow_symlinks=False)
+    return Checkout(directory)
+
+
+def put_stubs(checkout: Checkout) -> None:
+    """Replace the stages' scripts: Snakemake's rules, shell commands and metadata stay real."""
+    for stage in STAGES:
+        (checkout.directory / "scripts" / f"{stage}.py").write_text(STUB)
+    (checkout.directory / "failing.json").write_text("[]")
+
+
+def overlay(checkout: Checkout, name: str, **sections: object) -> Path:
+    """Write a file for --configfile."""
+    path = checkout.directory / name
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path

@@ -1,0 +1,179 @@
+"""Which edit makes which stages run again: Snakemake's own plan after a finished run.
+
+Only the bodies of the stages are replaced (see checkout.py): the rules, their shell commands and what
+Snakemake records of a job are the real ones.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import Checkout, copy_repository, overlay, put_stubs
+
+CORPUS = {"name": "lines", "source": "files", "files": ["data/*.jsonl"], "text_field": "text"}
+BASE: dict[str, Any] = {
+    "model": {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B", "revision": "main"},
+    "data": {"corpora": [{**CORPUS, "weight": 1.0}, {**CORPUS, "name": "more", "weight": 2.0}]},
+    "train": {"tensor_model_parallel_size": 1, "sequence_parallel": False},
+}
+
+EXPORT = {"export", "parity_export", "report"}
+TRAIN = {"train", *EXPORT}
+DATA = {"preprocess", "parity_gate", "parity_convert", *TRAIN}
+ALL = {"download", "convert", *DATA}
+PARITY = {"parity_convert", "parity_export", "report"}
+# A run of another name shares download, convert, preprocess and the gate.
+ANOTHER_RUN = {"parity_convert", *TRAIN}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A clone whose run of BASE is done; tests copy it."""
+    checkout = copy_repository(tmp_path_factory.mktemp("finished"))
+    put_stubs(checkout)
+    (checkout.directory / "data").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (checkout.directory / "data" / name).write_text('{"text": "a"}\n')
+    overlay(checkout, "base.yaml", **BASE)
+    ran = checkout.run("all", "--configfile", "base.yaml")
+    assert ran == sorted(ALL), "each stage once"
+    assert checkout.plan("all", "--configfile", "base.yaml") == set()
+    return checkout
+
+
+@pytest.fixture
+def checkout(finished: Checkout, tmp_path: Path) -> Checkout:
+    """A copy to edit, with every file's time kept."""
+    directory = tmp_path / "checkout"
+    shutil.copytree(finished.directory, directory, symlinks=True)
+    return Checkout(directory)
+
+
+def section(name: str, **values: Any) -> dict[str, Any]:
+    """BASE with other values in one of its sections."""
+    return {name: values}
+
+
+def corpora(*changes: dict[str, Any]) -> dict[str, Any]:
+    """BASE with its corpora changed, in order."""
+    pairs = zip(BASE["data"]["corpora"], changes, strict=True)
+    return section("data", corpora=[{**corpus, **change} for corpus, change in pairs])
+
+
+CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "the learning rate": (section("train", lr=0.004), TRAIN),
+    "the seed of training": (section("train", seed=7), TRAIN),
+    "more iterations": (section("train", train_iters=640), TRAIN),
+    "a parallel size": (section("train", pipeline_model_parallel_size=2), TRAIN),
+    "a train option at the value that it has": (section("train", lr=0.005), set()),
+    "the revision": (section("model", revision="v1.0"), ALL),
+    "the repository": (section("model", repo_id="Qwen/Qwen3-1.7B"), ALL),
+    "the model's source": ({"model": {"source": "tiny", "architecture": "qwen3", "seed": 1}}, ALL),
+    "the seed of the samples": (section("data", seed=7), TRAIN),
+    "a weight": (corpora({}, {"weight": 5.0}), TRAIN),
+    "the split": (section("data", split=[90, 5, 5]), {"parity_gate", "parity_convert", *TRAIN}),
+    "a text field": (corpora({"text_field": "body"}, {}), DATA),
+    "the files of a corpus": (corpora({"files": ["data/a.jsonl"]}, {}), DATA),
+    "the parity prompts": (section("parity", texts=["Another text."]), PARITY),
+    "the parity bound": (section("parity", max_logit_difference=1e-5), PARITY),
+    "the held-out documents": (section("parity", held_out_documents=2), PARITY),
+    "the parity prompts and the learning rate": (
+        section("parity", texts=["Another text."]) | section("train", lr=0.004),
+        {"parity_convert", *TRAIN},
+    ),
+    "the export's dtype": (section("export", dtype="bfloat16"), EXPORT),
+    "the export's shard size": (section("export", max_shard_gigabytes=1.0), EXPORT),
+    "the run's name": ({"run": "another"}, ANOTHER_RUN),
+    "the place of the results": ({"results": "elsewhere"}, ALL),
+}
+
+
+@pytest.mark.parametrize("edit", CONFIG_EDITS)
+def test_an_edit_of_the_config(finished: Checkout, edit: str) -> None:
+    changes, expected = CONFIG_EDITS[edit]
+    file = overlay(finished, f"{edit.replace(' ', '-')}.yaml", **changes)
+    assert finished.plan("all", "--configfile", "base.yaml", file) == expected
+
+
+def newer(path: Path) -> None:
+    os.utime(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def append(text: str) -> Callable[[Path], None]:
+    """An edit that adds a line."""
+
+    def edit(path: Path) -> None:
+        path.write_text(path.read_text() + text)
+
+    return edit
+
+
+FILE_EDITS: dict[str, tuple[str, Callable[[Path], None], set[str]]] = {
+    "a comment in the config": ("config/config.yaml", append("# a comment\n"), set()),
+    "a comment in a script": ("scripts/train.py", append("# a comment\n"), set()),
+    "a comment in a rule": ("rules/train.smk", append("# a comment\n"), set()),
+    "a comment in the library": ("scripts/megaqwen/layout.py", append("# a comment\n"), set()),
+    "a profile": ("profiles/local/config.yaml", append("keep-going: true\n"), set()),
+    "a newer file of a corpus": ("data/b.jsonl", newer, DATA),
+    "another file of a corpus": ("data/c.jsonl", lambda path: path.write_text("{}"), DATA),
+    "a report that is gone": ("results/runs/default/report/report.html", remove, {"report"}),
+    "an export that is gone": ("results/runs/default/export/manifest.json", remove, EXPORT),
+    "a verdict that is gone": (
+        "results/runs/default/parity/export/parity.json",
+        remove,
+        {"parity_export", "report"},
+    ),
+    "a training that is gone": ("results/runs/default/train/manifest.json", remove, TRAIN),
+}
+
+
+@pytest.mark.parametrize("edit", FILE_EDITS)
+def test_an_edit_of_a_file(checkout: Checkout, edit: str) -> None:
+    name, change, expected = FILE_EDITS[edit]
+    change(checkout.directory / name)
+    assert checkout.plan("all", "--configfile", "base.yaml") == expected
+
+
+@pytest.mark.parametrize("stage", ["download", "convert", "preprocess", "gate", "train", "export"])
+def test_a_new_recipe_of_a_stage(checkout: Checkout, stage: str) -> None:
+    again = {
+        "download": ALL,
+        "convert": ALL - {"download", "preprocess"},
+        "preprocess": DATA,
+        "gate": {"parity_gate", "parity_convert", *TRAIN},
+        "train": TRAIN,
+        "export": EXPORT,
+    }
+    path = checkout.directory / "scripts/megaqwen/layout.py"
+    lines = path.read_text().splitlines(keepends=True)
+    (line,) = (number for number, text in enumerate(lines) if f'    "{stage}": ' in text)
+    lines[line] = f'    "{stage}": 99,\n'
+    path.write_text("".join(lines))
+    assert checkout.plan("all", "--configfile", "base.yaml") == again[stage]
+
+
+def test_the_number_of_ranks_and_nodes_retrains_nothing(finished: Checkout) -> None:
+    resources = ["--set-resources", "train:ranks_per_node=4", "train:nodes=1"]
+    assert finished.plan("all", "--configfile", "base.yaml", *resources) == set()
+    assert finished.plan("all", "--configfile", "base.yaml", profile="slurm") == set()
+    words = ["--set-threads", "train=3", "--configfile", "base.yaml"]
+    assert finished.plan("all", *words) == set()
+
+
+@pytest.mark.parametrize("failing", ["parity_gate", "parity_convert"])
+def test_nothing_trains_before_the_gate_has_passed(checkout: Checkout, failing: str) -> None:
+    shutil.rmtree(checkout.directory / "results")
+    (checkout.directory / "failing.json").write_text(f'["{failing}"]')
+    (checkout.directory / "ran.txt").write_text("")
+    done = checkout.snakemake("--profile", "local", "all", "--configfile", "base.yaml")
+    assert done.returncode != 0
+    ran = (checkout.directory / "ran.txt").read_text().split()
+    assert ("train" in ran) == (failing != "parity_gate")
+    assert "report" not in ran
