@@ -353,6 +353,9 @@ def test_the_whole_command_line_round_trips(parse: Any, experiment: Path | None,
 
 def test_to_arguments_refuses_what_no_flag_says() -> None:
     assert to_arguments({"save": None}) == []
+    rounding = "yarn-correction-range-round-to-int"  # unset by default: both have to be said
+    for value, flag in ((True, f"--{rounding}"), (False, f"--no-{rounding}")):
+        assert to_arguments({rounding.replace("-", "_"): value}) == [flag]
     with pytest.raises(ValueError, match="Megatron has no option sav"):
         to_arguments({"sav": "x"})
     with pytest.raises(ValueError, match="bf16: 1 is given, true or false is allowed"):
@@ -404,7 +407,8 @@ def test_every_shipped_yaml_is_valid(path: Path) -> None:
 def test_the_experiments_are_what_their_names_say() -> None:
     configs = {path.stem: load_config(DEFAULT, read_yaml(path)) for path in EXPERIMENTS}
     default = load_config(DEFAULT)
-    assert {"qwen2.5", "data-parallel", "hub", "files"} <= set(configs)
+    assert {"qwen2.5", "data-parallel", "hub", "files", "moe"} <= set(configs)
+    assert check_model_fits(configs["moe"], tiny_hf_config("qwen3_moe"), 2) == []
     assert configs["qwen2.5"].train == default.train
     assert configs["data-parallel"].model == default.model
     assert check_model_fits(configs["data-parallel"], tiny_hf_config("qwen3"), 2) == []
