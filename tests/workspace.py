@@ -49,7 +49,11 @@ class Workspace:
     directory: Path
 
     def config(self, name: str, options: Mapping[str, Any], **sections: Any) -> Path:
-        """Write a config whose section train is OPTIONS and `options`; `sections` are laid over."""
+        """Write a config whose section train is OPTIONS and `options`; `sections` are laid over.
+
+        None leaves one of OPTIONS out.
+        """
+        train = {key: value for key, value in {**OPTIONS, **options}.items() if value is not None}
         corpus = {
             "name": "lines",
             "source": "files",
@@ -59,7 +63,7 @@ class Workspace:
         }
         data = {"corpora": [corpus], "split": [60, 20, 20], **sections.pop("data", {})}
         path = self.directory / f"{name}.yaml"
-        return write_config(path, data=data, train={**OPTIONS, **options}, **sections)
+        return write_config(path, data=data, train=train, **sections)
 
     def launch_words(self, name: str, ranks: int, options: Mapping[str, Any]) -> list[str]:
         """The words after launch.py that train, or resume, in the directory `name`."""
