@@ -86,7 +86,8 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
         [
             'parity.max_tokens: "many" is given, a whole number of at least 2 is allowed',
             "parity.max_tokenz: there is no such key: did you mean max_tokens?",
-            'model.architecture: "qwen33" is given, qwen3, qwen2, qwen3_moe or qwen2_moe is allowed: did you mean qwen3?',
+            'model.architecture: "qwen33" is given, qwen3, qwen2, qwen3_moe or qwen2_moe is allowed: '
+            "did you mean qwen3?",
             "data.corpora[0].weight: -1 is given, a number greater than 0 is allowed",
             'data.corpora[1].source: "filez" is given, builtin or files is allowed: '
             "did you mean files?",

@@ -16,7 +16,10 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from commands import ROOT
+from megaqwen.config import load_config
+from megaqwen.training.arguments import RunPaths, training_options
 from megaqwen.weights import MegatronWeights, convert_to_megatron, find_checkpoint
+from megaqwen.weights.mapping import Place
 from small_models import MODELS, make_model
 
 BOUND = 1e-4  # of |difference| of two logits
@@ -118,6 +121,26 @@ def test_logits_are_those_of_transformers(compared: list[dict[str, Any]], number
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[str(each) for each in MISTAKES])
 def test_a_mistake_would_be_seen(compared: list[dict[str, Any]], number: int) -> None:
     assert max(compared[len(CASES) + number]["difference"]) > SEEN
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_yarn_is_trained_without_the_fused_kernel(gpu: bool) -> None:
+    """Which scales nothing by the attention factor: with packed sequences silently."""
+    paths = RunPaths(pretrained=Path("a"), checkpoints=Path("b"), tensorboard=Path("c"))
+    config = load_config(ROOT / "config" / "config.yaml")
+    assert training_options(config, CASES["yarn"], paths, gpu=gpu)["apply_rope_fusion"] is False
+    plain = training_options(config, CASES["qwen3"], paths, gpu=gpu)
+    assert plain.get("apply_rope_fusion", True) is gpu
+
+
+def test_objects_of_two_axes_are_named_as_megatron_names_them() -> None:
+    """Transformer Engine asks for its state by such names, one for each expert of each layer."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    ours = Place(key="a._extra_state", position=(3, 7), lengths=(4, 8)).object_key
+    assert ours == ShardedObject("a._extra_state", None, (4, 8), (3, 7)).unique_key
+    ours = Place(key="b._extra_state").object_key
+    assert ours == ShardedObject("b._extra_state", None, (1,), (0,)).unique_key
 
 
 def keys_of(tmp_path: Path, facts: dict[str, Any]) -> dict[str, list[int]]:

@@ -64,11 +64,18 @@ def training_options(
         "create_attention_mask_in_dataloader": False,
         "exit_signal_handler": True,
     }
+    architecture = megatron_options(hf_config, chosen.get("tensor_model_parallel_size", 1))
     options = {
         # Megatron divides by it, whether or not it evaluates.
         "eval_interval": chosen["train_iters"],
-        **megatron_options(hf_config, chosen.get("tensor_model_parallel_size", 1)),
+        **architecture,
         **(GPU_OPTIONS if gpu else cpu_options(chosen)),
+        # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
+        **(
+            {"apply_rope_fusion": False}
+            if architecture["position_embedding_type"] == "yarn"
+            else {}
+        ),
         **chosen,
         **managed,
     }
