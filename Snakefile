@@ -28,6 +28,7 @@ localrules:
 rule all:
     default_target: True
     input:
+        rules.export.output.manifest,
         rules.report.output.page,
         # By name, too: a verdict that is gone since a gate failed is asked for again.
         rules.parity.input,

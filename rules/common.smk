@@ -14,7 +14,9 @@ from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
 
 try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
-    CONFIG = load_config(Path("config/config.yaml"), config, overlay_files)
+    # Not Snakemake's own merge of them: it keeps a hub's fields in a model of another source.
+    overrides = workflow.config_settings.config
+    CONFIG = load_config(Path("config/config.yaml"), overrides, overlay_files)
     LAYOUT = Layout(config=CONFIG)
     check_writable(LAYOUT.results, named_by="results")
 except InputError as error:

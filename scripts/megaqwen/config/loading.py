@@ -78,13 +78,12 @@ def load_config(
 
     Args:
         path: The base file.
-        overlay: What Snakemake gathered from `--configfile` and `--config`.
-        overlay_files: The files of `--configfile`, to be read for what Snakemake does not report: a
-            key that is given twice, or the line of an error.
+        overlay: The values of `--config`, laid over everything else.
+        overlay_files: The files of `--configfile`, each laid over what comes before it.
     """
     base = read_yaml(path)
     for file in overlay_files:
-        read_yaml(Path(file))
+        base = merge_overlay(base, read_yaml(Path(file)))
     over: dict[str, Any] = plain(overlay or {})
     _, mistakes = examine(merge_overlay(base, over))
     if mistakes and over:
@@ -95,8 +94,7 @@ def load_config(
 def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Any]:
     """`overlay` with texts as the numbers that they write, and the reverse, where that was wrong.
 
-    Snakemake reads `--config train='{lr: 1e-3}'` without types, its configfiles with YAML 1.1's,
-    and `--config run=7` as a number.
+    Snakemake reads `--config train='{lr: 1e-3}'` without types, and `--config run=7` as a number.
     """
     overlay = copy.deepcopy(overlay)
     for mistake in mistakes:

@@ -1,0 +1,166 @@
+"""What Snakemake says before anything runs: each stage by its name, the cluster, and mistakes."""
+
+import os
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from checkout import Checkout, copy_repository, overlay, put_stubs
+
+from commands import ROOT
+
+UNTIL_GATE = {"download", "convert", "preprocess", "parity_gate"}
+STAGES = {
+    "download": {"download"},
+    "convert": {"download", "convert"},
+    "preprocess": {"download", "preprocess"},
+    "train": {*UNTIL_GATE, "train"},
+    "export": {*UNTIL_GATE, "train", "export"},
+    "parity": {*UNTIL_GATE, "parity_convert", "train", "export", "parity_export", "parity"},
+    "report": {*UNTIL_GATE, "parity_convert", "train", "export", "parity_export", "report"},
+}
+EXPERIMENTS = sorted((ROOT / "config" / "experiments").glob("*.yaml"))
+FOR_CLUSTERS = ("cluster", "hub", "files")
+HEAVY = ("torch", "transformers", "megatron", "huggingface_hub")
+PAIRS = 7
+BOUND = 1.5  # times the dry run of a workflow of one rule
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return copy_repository(tmp_path_factory.mktemp("dry"))
+
+
+def files(directory: Path) -> set[Path]:
+    """Everything but what Snakemake itself keeps and what Python caches."""
+    left_out = {".snakemake", "__pycache__"}
+    return {path for path in directory.rglob("*") if not left_out & set(path.parts)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_by_its_name(checkout: Checkout, stage: str) -> None:
+    assert checkout.plan(stage) == STAGES[stage]
+
+
+def test_a_dry_run_says_why_and_writes_nothing(checkout: Checkout) -> None:
+    before = files(checkout.directory)
+    done = checkout.snakemake("--profile", "local", "-n", "all")
+    assert "Reason: Missing output files: results/runs/default/train/manifest.json" in done.stdout
+    assert files(checkout.directory) == before
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_plans(
+    checkout: Checkout, tmp_path: Path, experiment: Path
+) -> None:
+    for name in ("articles/a.jsonl", "articles/b.jsonl.gz", "books/a.parquet"):
+        (checkout.directory / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout.directory / "data" / name).touch()
+    words = ["all", "--configfile", experiment.relative_to(ROOT)]
+    profile = "slurm" if experiment.stem in FOR_CLUSTERS else "local"
+    assert checkout.plan(*words, profile=profile) == STAGES["report"]
+
+
+def test_the_cluster_in_a_fresh_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    done = Checkout(clone).snakemake("--profile", "slurm", "all", "-n")
+    assert done.returncode == 0, done.stdout
+    train = done.stdout.split("train: megatron.training.pretrain", 1)[1].split("\n[", 1)[0]
+    assert train.startswith(" on 2 node(s) with 8 rank(s) each")
+
+
+def poison(directory: Path) -> dict[str, str]:
+    """An environment in which importing a heavy package ends the process."""
+    for name in HEAVY:
+        (directory / f"{name}.py").write_text(
+            "import os, sys\nos.write(2, b'POISON')\nos._exit(9)\n"
+        )
+    return {"PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_no_plan_imports_a_heavy_package(tmp_path: Path) -> None:
+    checkout = copy_repository(tmp_path / "checkout")
+    (tmp_path / "poison").mkdir()
+    environment = poison(tmp_path / "poison")
+    done = checkout.snakemake("--profile", "local", "-n", "all", environment=environment)
+    assert done.returncode == 0, done.stdout
+    put_stubs(checkout)
+    checkout.run("all")
+    done = checkout.snakemake("--profile", "local", "all", environment=environment)
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout
+    # The poison works.
+    code = "import torch"
+    poisoned = subprocess.run(["python3", "-c", code], env={**os.environ, **environment})
+    assert poisoned.returncode == 9
+
+
+def test_all_mistakes_of_a_config_in_one_message(checkout: Checkout) -> None:
+    file = overlay(
+        checkout,
+        "mistakes.yaml",
+        train={"micro_batch_sise": 4, "lr": "fast", "global_batch_size": 0},
+        export={"dtype": "float8"},
+    )
+    done = checkout.snakemake("--profile", "local", "all", "-n", "--configfile", file)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout
+    assert done.stdout.count("the config has") == 1
+    for words in (
+        "train.micro_batch_sise",
+        "did you mean micro_batch_size",
+        "train.lr",
+        '"fast"',
+        "train.global_batch_size",
+        "export.dtype",
+        '"float8"',
+        "bfloat16",
+    ):
+        assert words in done.stdout, words
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_runs(checkout: Checkout) -> None:
+    file = overlay(checkout, "layout.yaml", train={"tensor_model_parallel_size": 3})
+    done = checkout.snakemake("--profile", "local", "all", "--configfile", file)
+    assert done.returncode == 1
+    assert "255 or 258 would be" in done.stdout and "Traceback" not in done.stdout
+    assert not (checkout.directory / "results").exists()
+
+
+ONE_RULE = """
+rule all:
+    output:
+        "done.txt",
+    shell:
+        "touch {output}"
+"""
+
+
+def seconds(checkout: Checkout, *words: object) -> float:
+    start = time.monotonic()
+    done = checkout.snakemake(*words)
+    assert done.returncode == 0, done.stdout
+    return time.monotonic() - start
+
+
+def test_planning_takes_little_more_than_that_of_one_rule(tmp_path: Path) -> None:
+    """In pairs, so that what else the machine does falls on both; medians."""
+    finished = copy_repository(tmp_path / "finished")
+    put_stubs(finished)
+    finished.run("all")
+    fresh = copy_repository(tmp_path / "fresh")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "Snakefile").write_text(ONE_RULE)
+    one = Checkout(tmp_path / "one")
+    times: dict[str, list[float]] = {"one rule, -n": [], "all -n": [], "all, nothing to do": []}
+    for _ in range(PAIRS):
+        times["one rule, -n"].append(seconds(one, "-n", "--cores", 1))
+        times["all -n"].append(seconds(fresh, "--profile", "local", "-n", "all"))
+        times["all, nothing to do"].append(seconds(finished, "--profile", "local", "all"))
+    base = statistics.median(times["one rule, -n"])
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:20} {median:.2f} s, {median / base:.2f} times")
+        assert median <= BOUND * base, times
