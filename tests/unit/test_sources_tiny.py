@@ -12,7 +12,7 @@ from megaqwen.sources.tiny_shapes import tiny_hf_config
 from megaqwen.sources.tokenizer import train_tokenizer
 from megaqwen.sources.verify import verify_model_directory
 
-ARCHITECTURES = ("qwen3", "qwen2")
+ARCHITECTURES = ("qwen3", "qwen2", "qwen3_moe", "qwen2_moe")
 TEXTS = (
     "The quick brown fox doesn't jump;  it sleeps.\n",
     "def mean(values):\n\treturn sum(values) / len(values)  # 1234\n\n",
@@ -21,14 +21,17 @@ TEXTS = (
 )
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def directory(architecture: str, tiny_qwen3: Path, tiny_qwen2: Path) -> Path:
-    return tiny_qwen3 if architecture == "qwen3" else tiny_qwen2
+@pytest.fixture(scope="module")
+def directory(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read it, never write to it."""
+    path = tmp_path_factory.mktemp(architecture)
+    write_tiny_model(path, architecture, seed=1234)
+    return path
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -59,10 +62,10 @@ def test_making_a_model_leaves_the_random_state_alone(tmp_path: Path) -> None:
 
 
 def test_config_json_says_what_the_shapes_say(architecture: str, directory: Path) -> None:
-    config = AutoConfig.from_pretrained(directory).to_dict()
+    config = AutoConfig.from_pretrained(directory)
     facts = tiny_hf_config(architecture)
-    assert config["rope_parameters"]["rope_theta"] == facts.pop("rope_theta")
-    assert {key: config[key] for key in facts} == facts
+    assert config.rope_parameters["rope_theta"] == facts.pop("rope_theta")
+    assert {key: getattr(config, key) for key in facts} == facts
 
 
 def test_every_norm_and_bias_differs(directory: Path) -> None:
