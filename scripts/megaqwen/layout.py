@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config import Config
+from megaqwen.config.megatron_options import without_defaults
 from megaqwen.provenance import digest
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
@@ -36,7 +37,8 @@ class Layout:
         """What determines a stage's result: the fields that it reads, and its upstream's digest.
 
         Two configs with equal stage configs share the stage's result. Weights and the split are
-        training's: they do not change the tokens on disk.
+        training's: they do not change the tokens on disk. Training keeps its checkpoints under its
+        digest: with its upstream in it, it never resumes from those of another model or corpus.
         """
         config = self.config.model_dump(mode="json")
         data = config["data"]
@@ -57,7 +59,9 @@ class Layout:
                 fields = {"parity": config["parity"]}
             case "train":
                 order = {"weights": weights, "split": data["split"], "seed": data["seed"]}
-                fields = {"train": config["train"], **order}
+                made_of = {"convert": self.stage_digest("convert")}
+                made_of |= {"preprocess": self.stage_digest("preprocess")}
+                fields = {"train": without_defaults(config["train"]), **order, **made_of}
             case "export":
                 fields = {"export": config["export"]}
             case "report":
@@ -107,5 +111,5 @@ class Layout:
 
     @cached_property
     def checkpoints(self) -> Path:
-        """Training's checkpoints: another config of training never resumes from them."""
+        """Training's checkpoints: another config, model or corpus never resumes from them."""
         return self.run / "train" / "checkpoints" / self.stage_digest("train")

@@ -25,6 +25,17 @@ REQUIRED = (
     "lr",
     "save_interval",
 )
+# Where a config leaves these out, training/arguments.py has another default than Megatron's parser.
+OWN_DEFAULTS = (
+    "no_persist_layer_norm",
+    "gradient_accumulation_fusion",
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "bias_swiglu_fusion",
+    "bias_dropout_fusion",
+    "overlap_p2p_comm",
+    "eval_interval",
+)
 
 Option = Mapping[str, Any]
 
@@ -169,6 +180,18 @@ def checked_scalar(option: Option, value: object) -> object:
     if choices is not None and value not in choices:
         raise WrongValue(f"{listed(choices)} is allowed{did_you_mean(value, choices)}")
     return value
+
+
+def without_defaults(canonical: Mapping[str, object]) -> dict[str, object]:
+    """The options that say something: without those that repeat the default of Megatron's parser.
+
+    Those in OWN_DEFAULTS always say something.
+    """
+    return {
+        dest: value
+        for dest, value in canonical.items()
+        if dest in OWN_DEFAULTS or value != megatron_options()[dest]["default"]
+    }
 
 
 def to_arguments(canonical: Mapping[str, object]) -> list[str]:

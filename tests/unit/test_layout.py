@@ -1,0 +1,90 @@
+"""Where results lie: what shares a directory, and what never resumes from another's checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import ROOT
+from megaqwen.config import load_config
+from megaqwen.config.megatron_options import OWN_DEFAULTS, megatron_options, settable_names
+from megaqwen.layout import Layout
+from megaqwen.sources.tiny_shapes import TINY, tiny_hf_config
+from megaqwen.training.arguments import RunPaths, training_options
+
+FILES = {"name": "lines", "source": "files", "files": ["a.jsonl"]}
+
+
+def layout(**overlay: Any) -> Layout:
+    """The layout of the embedded default with sections laid over it."""
+    return Layout(config=load_config(ROOT / "config" / "config.yaml", overlay))
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"model": {"seed": 7}},
+        {"model": {"architecture": "qwen2"}},
+        {"model": {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B"}},
+        {"data": {"corpora": [FILES]}},
+        {"data": {"seed": 7}},
+        {"data": {"split": [90, 5, 5]}},
+        {"train": {"lr": 1.0e-3}},
+        {"train": {"adam_eps": 1.0e-6}},
+    ],
+    ids=str,
+)
+def test_training_never_resumes_from_another_ones_checkpoints(overlay: dict[str, Any]) -> None:
+    assert layout(**overlay).checkpoints != layout().checkpoints
+
+
+def test_of_equal_corpora_the_field_that_is_read_tells_checkpoints_apart() -> None:
+    text, body = (
+        layout(data={"corpora": [{**FILES, "text_field": field}]}) for field in ("text", "body")
+    )
+    assert text.checkpoints != body.checkpoints
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"train": {"adam_eps": 1.0e-8}},
+        {"train": {"pipeline_model_parallel_size": 1}},
+        {"train": {"recompute_granularity": None}},
+        {"parity": {"texts": ["Another text."]}},
+        {"export": {"dtype": "bfloat16"}},
+    ],
+    ids=str,
+)
+def test_training_goes_on_where_nothing_of_it_changed(overlay: dict[str, Any]) -> None:
+    assert layout(**overlay).checkpoints == layout().checkpoints
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_training_sets_besides_the_config_has_no_default(architecture: str, gpu: bool) -> None:
+    """Leaving such an option out does not mean what setting it to Megatron's default means."""
+    train = {"pipeline_model_parallel_size": 2, "eval_interval": None}
+    config = layout(train=train, model={"architecture": architecture}).config
+    paths = RunPaths(pretrained=Path("a"), checkpoints=Path("b"), tensorboard=Path("c"))
+    options = training_options(config, tiny_hf_config(architecture), paths, gpu=gpu)
+    own = {name for name in options.keys() - config.train.keys() if name in settable_names()}
+    assert own and own <= set(OWN_DEFAULTS)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_DEFAULTS if name != "eval_interval"])
+def test_megatrons_default_said_is_another_training(name: str) -> None:
+    value = megatron_options()[name]["default"]
+    without = layout(train={name: None}).checkpoints
+    assert layout(train={name: value}).checkpoints != without
+
+
+def test_runs_share_what_has_the_same_origin() -> None:
+    one, other = layout(), layout(run="other", train={"lr": 1.0e-3})
+    assert (one.model, one.megatron, one.data, one.gate) == (
+        other.model,
+        other.megatron,
+        other.data,
+        other.gate,
+    )
+    assert one.run != other.run
