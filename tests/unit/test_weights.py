@@ -170,11 +170,15 @@ def test_megatron_sees_groups_of_query_key_value(tiny_qwen2: Path, tmp_path: Pat
     """The fused order, written out for the tiny Qwen2: 6 heads in 2 groups, heads of 32."""
     weights, transfers = checked_model(tiny_qwen2)
     stored = MegatronWeights(find_checkpoint(converted(tiny_qwen2, tmp_path / "megatron")))
-    (bias,) = (t for t in transfers if t.key.endswith("linear_qkv.bias") and t.places[0].position == (1,))
+    (bias,) = (
+        t for t in transfers if t.key.endswith("linear_qkv.bias") and t.places[0].position == (1,)
+    )
     query, key, value = (weights.read(name) for name in bias.huggingface)
     expected = [query[:96], key[:32], value[:32], query[96:], key[32:], value[32:]]
     assert torch.equal(stored.read(bias), torch.cat(expected))
-    (fc1,) = (t for t in transfers if t.key.endswith("linear_fc1.weight") and t.places[0].position == (3,))
+    (fc1,) = (
+        t for t in transfers if t.key.endswith("linear_fc1.weight") and t.places[0].position == (3,)
+    )
     gate, up = (weights.read(f"model.layers.3.mlp.{part}_proj.weight") for part in ("gate", "up"))
     assert torch.equal(stored.read(fc1), torch.cat([gate, up]))
 
