@@ -169,7 +169,7 @@ def test_a_killed_download_goes_on_where_it_was(
     process.send_signal(end)
     text, _ = process.communicate(timeout=20)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(end, -end)
-    if end == signal.SIGINT:
+    if end != signal.SIGKILL:
         assert "interrupted: what has arrived is kept" in text
     assert not (download.output / "hf").exists()
     hub.stall_after = None

@@ -16,7 +16,11 @@ CORPUS = {"name": "lines", "source": "files", "files": ["data/*.jsonl"], "text_f
 BASE: dict[str, Any] = {
     "model": {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B", "revision": "main"},
     "data": {"corpora": [{**CORPUS, "weight": 1.0}, {**CORPUS, "name": "more", "weight": 2.0}]},
-    "train": {"tensor_model_parallel_size": 1, "sequence_parallel": False},
+    "train": {
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "micro_batch_size": 4,
+    },
 }
 
 EXPORT = {"export", "parity_export", "report"}

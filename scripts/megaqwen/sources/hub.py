@@ -20,7 +20,6 @@ from typing import Any
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
-from megaqwen.console import EXIT_INTERRUPTED
 from megaqwen.errors import InputError
 from megaqwen.provenance import publish_directory, sha256_file
 from megaqwen.sources.hub_errors import TRY_AGAIN, clear_hub_errors
@@ -156,7 +155,7 @@ def fetch(repo_id: str, commit: str, files: list[HubFile], partial: Path) -> Non
 
 @contextmanager
 def kept_when_interrupted(partial: Path) -> Iterator[None]:
-    """On Ctrl-C, leave the process at once.
+    """On Ctrl-C or when terminated, leave the process at once.
 
     The client's threads would first go on until their files are whole, or else delete what they
     have of them; left as it lies, it is resumed.
@@ -164,13 +163,14 @@ def kept_when_interrupted(partial: Path) -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         logger.error("interrupted: %s (%s)", TRY_AGAIN, partial)
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(128 + number)
 
-    earlier = signal.signal(signal.SIGINT, leave)
+    earlier = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
