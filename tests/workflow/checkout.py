@@ -57,7 +57,7 @@ class Checkout:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     def plan(self, *words: object, profile: str = "local") -> set[str]:

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -15,12 +13,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from checkout import Checkout, copy_repository
 from transformers import AutoModelForCausalLM
 
 from hub_server import REPO, Hub, serve
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ("Snakefile", "rules", "scripts", "config", "profiles", "local", "slurm", "envs")
 # A few iterations instead of a thousand; everything else is the experiment's own.
 SMALL = {
     "train_iters": 6,
@@ -37,35 +34,15 @@ pytestmark = pytest.mark.slow
 
 def snakemake(checkout: Path, *words: str, **environment: str) -> str:
     """Run the workflow in a checkout; what it printed."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("snakemake"), "--profile", "local", *words],
-        cwd=checkout,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=600,
-    )
+    done = Checkout(checkout).snakemake("--profile", "local", *words, environment=environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-def copy_sources(checkout: Path) -> Path:
-    """The repository's files, as a clone has them."""
-    checkout.mkdir(exist_ok=True)
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir() and not source.is_symlink():
-            shutil.copytree(source, checkout / name)
-        else:
-            shutil.copy(source, checkout / name, follow_symlinks=False)
-    return checkout
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
     """A clone beside a model and the corpora that files.yaml names."""
-    checkout = copy_sources(tmp_path_factory.mktemp("checkout"))
+    checkout = copy_repository(tmp_path_factory.mktemp("checkout")).directory
     shutil.copytree(tiny_qwen2, checkout / "models" / "my-qwen")
     documents = list(topics.values())
     for name, opener, part in (
@@ -138,7 +115,7 @@ def test_a_newer_shard_of_the_model_is_converted_again(
 
 
 def test_only_download_needs_the_hub(tmp_path: Path, tiny_qwen3: Path) -> None:
-    checkout = copy_sources(tmp_path / "checkout")
+    checkout = copy_repository(tmp_path / "checkout").directory
     overlay = {"model": {"source": "hub", "repo_id": REPO, "revision": "main"}}
     (checkout / "hub.yaml").write_text(yaml.safe_dump(overlay))
     words = ["--configfile", "config/experiments/hub.yaml", "hub.yaml"]

@@ -29,6 +29,7 @@ from megaqwen.training import cpu_checkpoints, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
 from megaqwen.training.forward import forward_step
+from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
 from megaqwen.training.preflight import TrainingRun
@@ -78,7 +79,8 @@ def pretrain_run(run: TrainingRun) -> None:
     provider = dataset_provider(corpora(run))
     container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
     try:
-        pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+        with memory_advice(arguments.micro_batch_size):
+            pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
