@@ -17,7 +17,7 @@ from megaqwen.config import load_config
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, describe_files, new_directory
+from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json
 from megaqwen.sources.verify import verify_model_directory
 
 logger = logging.getLogger("megaqwen.convert")
@@ -40,8 +40,14 @@ def convert(arguments: argparse.Namespace) -> None:
         return
     checkpoint = arguments.output / "checkpoint"
     with new_directory(checkpoint) as directory:
-        streamed = convert_to_megatron(arguments.model, directory)
-        files = describe_files(directory)
+        streamed = convert_to_megatron(
+            arguments.model,
+            directory,
+            digests=recorded_digests(arguments.model.parent / "manifest.json"),
+            workers=arguments.workers,
+            terminal=arguments.terminal,
+        )
+        files = describe_files(directory, streamed.files)
     weights, _ = checked_model(arguments.model)
     record.write(
         arguments.output / "manifest.json",
@@ -55,6 +61,14 @@ def convert(arguments: argparse.Namespace) -> None:
     logger.info("%s", streamed)
 
 
+def recorded_digests(manifest: Path) -> dict[str, str]:
+    """SHA-256 of the model's files where download recorded them: not of files that were there before."""
+    if not manifest.is_file():
+        return {}
+    files = read_json(manifest)["results"]["files"]
+    return {name: facts["sha256"] for name, facts in files.items() if "sha256" in facts}
+
+
 def main() -> int:
     """The command."""
     parser = stage_parser(__doc__)
@@ -62,6 +76,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="directory for checkpoint/ and manifest.json")
     parser.add_argument(
         "--dry-run", action="store_true", help="print each tensor's mapping and shapes"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="threads (default: one for each core, at most 8)"
     )
     return run_command(convert, parser)
 

@@ -62,9 +62,11 @@ def export(arguments: argparse.Namespace) -> None:
             iteration=arguments.iteration,
             dtype=getattr(torch, dtype) if dtype else None,
             max_shard_bytes=int(config.export.max_shard_gigabytes * 1e9),
+            workers=arguments.workers,
+            terminal=arguments.terminal,
         )
         copy_companions(arguments.model, directory, dtype)
-        files = describe_files(directory)
+        files = describe_files(directory, streamed.files)
     inputs = {"model": arguments.model.parent / "manifest.json"}
     if arguments.train_manifest:
         inputs["train"] = arguments.train_manifest
@@ -102,6 +104,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="directory for hf/ and manifest.json")
     parser.add_argument(
         "--dry-run", action="store_true", help="print each tensor's mapping and shapes"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="threads (default: one for each core, at most 8)"
     )
     return run_command(export, parser)
 

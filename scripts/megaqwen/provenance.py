@@ -6,6 +6,7 @@ that has one is complete.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Buffer, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,53 @@ def publish_directory(partial: Path, path: Path) -> None:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file below `directory`, by relative path, in sorted order."""
+class DigestingStream(io.RawIOBase):
+    """Writes to a file and digests on the way what it writes, so that it need not be read again.
+
+    Small pieces should be put together by an io.BufferedWriter in front of it.
+    """
+
+    def __init__(self, stream: io.FileIO):
+        """Write to `stream`, which is unbuffered and at its start."""
+        super().__init__()
+        self.stream = stream
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.bytes
+
+    def write(self, data: Buffer, /) -> int:
+        """Write as much of `data` as the file takes at once."""
+        written = self.stream.write(data)
+        self.sha256.update(memoryview(data)[:written])
+        self.bytes += written
+        return written
+
+    def facts(self) -> dict[str, Any]:
+        """The file's entry in `describe_files`."""
+        return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
+
+
+def describe_files(
+    directory: Path, known: Mapping[Path, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file below `directory`, by relative path, in sorted order.
+
+    Args:
+        directory: It and what is below it.
+        known: Files that were described while they were written.
+    """
+    known = known or {}
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
-        str(path.relative_to(directory)): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
+        str(path.relative_to(directory)): known.get(path)
+        or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
     }
 

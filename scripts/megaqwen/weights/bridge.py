@@ -1,26 +1,32 @@
 """The two directions, each a stream over the same plan of transfers."""
 
-import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
+from megaqwen.errors import InputError
+from megaqwen.provenance import sha256_file
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
 from megaqwen.weights.reading import MegatronWeights, find_checkpoint
-from megaqwen.weights.safetensors_files import plan_files, write_files
-from megaqwen.weights.writing import write_checkpoint
-
-logger = logging.getLogger("megaqwen.weights")
-
-PROGRESS_BYTES = 4 * 10**9  # smaller models are done before a person asks
+from megaqwen.weights.safetensors_files import Entry, plan_files, write_file, write_index
+from megaqwen.weights.workers import (
+    LEAST_MEMORY,
+    MemoryBudget,
+    Progress,
+    run_all,
+    usual_workers,
+)
+from megaqwen.weights.writing import dtypes_by_key, write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,8 @@ class Streamed:
     dtypes: dict[str, int]
     """Hugging Face tensors by dtype."""
     seconds: float
+    files: dict[Path, dict[str, Any]]
+    """Bytes and SHA-256 of the files that were digested while they were written."""
 
     def facts(self) -> dict[str, Any]:
         """For a manifest."""
@@ -54,34 +62,76 @@ class Streamed:
         )
 
 
-def convert_to_megatron(model: Path, directory: Path) -> Streamed:
+def convert_to_megatron(
+    model: Path,
+    directory: Path,
+    *,
+    digests: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    terminal: TextIO | None = None,
+) -> Streamed:
     """Convert a Hugging Face model directory to a Megatron checkpoint.
 
     Args:
         model: The Hugging Face directory.
         directory: An existing, empty directory: what Megatron's --pretrained-checkpoint takes.
+        digests: SHA-256 by name of files in `model`, as far as they are known: those with weights
+            are checked.
+        workers: Threads; None for as many as there are cores, up to 8.
+        terminal: Where to say how far it is.
 
     Raises:
-        InputError: The model is not supported, or its files do not hold what config.json describes.
+        InputError: The model is not supported, or its files do not hold what config.json describes,
+            or are damaged.
     """
     started = time.monotonic()
     weights, transfers = checked_model(model)
-    total = sum(
-        weights.dtypes[name].itemsize * torch.Size(shape).numel()
-        for transfer in transfers
-        for name, shape in zip(transfer.huggingface, transfer.shapes, strict=True)
+    dtypes = dtypes_by_key(transfers, weights.dtypes)
+    progress = Progress(
+        sum(
+            torch.Size(transfer.shape).numel() * dtypes[transfer.key].itemsize
+            for transfer in transfers
+            for _ in (transfer.places[0], *transfer.copies)
+        ),
+        terminal,
     )
-
-    def progress(written: int) -> None:
-        if total > PROGRESS_BYTES:
-            logger.info("%.1f of %.1f GB written", written / 1e9, total / 1e9)
-
-    options = megatron_options(weights.config)
-    written = write_checkpoint(
-        directory, transfers, weights.dtypes, weights.read, options, progress
+    written, files = write_checkpoint(
+        directory,
+        transfers,
+        weights.dtypes,
+        weights.read,
+        megatron_options(weights.config),
+        workers=workers or usual_workers(),
+        progress=progress.add,
+        before=FileCheck(weights, digests or {}),
     )
+    progress.end()
     shapes = tensor_shapes(read_architecture(weights.config))
-    return streamed(shapes, weights.dtypes, written, started)
+    return streamed(shapes, weights.dtypes, written, started, files)
+
+
+class FileCheck:
+    """Compares each file of a model with its SHA-256, when the first of its tensors is to be read."""
+
+    def __init__(self, weights: HuggingFaceWeights, digests: Mapping[str, str]):
+        """Check `weights` against the digests, by file name."""
+        self.weights = weights
+        self.digests = {weights.directory / name: digest for name, digest in digests.items()}
+        self.locks = {path: threading.Lock() for path in self.digests}
+        self.checked: set[Path] = set()
+
+    def __call__(self, name: str) -> None:
+        """Check the file of a tensor; InputError where it is damaged."""
+        path = self.weights.entries[name][0]
+        if path in self.checked or path not in self.digests:
+            return
+        with self.locks[path]:
+            if path not in self.checked and sha256_file(path) != self.digests[path]:
+                raise InputError(
+                    f"{path} is damaged: its SHA-256 is not the one that download recorded;"
+                    " remove it and run download again"
+                )
+            self.checked.add(path)
 
 
 def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:
@@ -129,6 +179,8 @@ def export_to_huggingface(
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int,
+    workers: int | None = None,
+    terminal: TextIO | None = None,
 ) -> Streamed:
     """Write a Megatron checkpoint's weights as safetensors files.
 
@@ -139,6 +191,9 @@ def export_to_huggingface(
         iteration: Which checkpoint; None for the latest.
         dtype: Of all tensors; None keeps the dtype that each has in `model`.
         max_shard_bytes: Largest file; a larger tensor gets a file of its own.
+        workers: Threads, each of which writes one file at a time; None for as many as there are
+            cores, up to 8.
+        terminal: Where to say how far it is.
 
     Raises:
         InputError: The checkpoint is not there or not of this model.
@@ -146,12 +201,42 @@ def export_to_huggingface(
     started = time.monotonic()
     source = HuggingFaceWeights(model)
     qwen = read_architecture(source.config)
+    transfers = plan_transfers(qwen)
+    saved = MegatronWeights(find_checkpoint(checkpoint, iteration))
+    saved.check(transfers)
     shapes = tensor_shapes(qwen)
     dtypes = {name: dtype or source.dtypes[name] for name in shapes}
     files = plan_files(shapes, dtypes, max_shard_bytes)
-    tensors = read_hf_tensors(checkpoint, source.config, iteration=iteration, dtypes=dtypes)
-    written = write_files(directory, files, tensors)
-    return streamed(shapes, dtypes, written, started)
+    total = sum(entry.bytes for entries in files.values() for entry in entries.values())
+    progress = Progress(total, terminal)
+    memory = {transfer: memory_to_read(transfer, saved) for transfer in transfers}
+    budget = MemoryBudget(max(LEAST_MEMORY, *memory.values()))
+
+    def tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+        for transfer in transfers:
+            if entries.keys().isdisjoint(transfer.huggingface):
+                continue
+            with budget.taken(memory[transfer]):
+                parts = transfer.transform.split(saved.read(transfer))
+                for name, tensor in zip(transfer.huggingface, parts, strict=True):
+                    if name in entries:
+                        yield name, tensor.to(dtypes[name])
+
+    def task(file: str) -> dict[str, Any]:
+        return write_file(directory / file, files[file], tensors(files[file]), progress.add)
+
+    described = run_all([partial(task, file) for file in files], workers or usual_workers())
+    progress.end()
+    if len(files) > 1:
+        write_index(directory, files)
+    known = {directory / file: facts for file, facts in zip(files, described, strict=True)}
+    return streamed(shapes, dtypes, total, started, known)
+
+
+def memory_to_read(transfer: Transfer, saved: MegatronWeights) -> int:
+    """Bytes that a transfer takes on its way out: as it is stored, put together, and split."""
+    size = torch.Size(transfer.shape).numel() * saved.dtype(transfer).itemsize
+    return (2 if len(transfer.huggingface) == 1 else 3) * size
 
 
 def streamed(
@@ -159,6 +244,7 @@ def streamed(
     dtypes: Mapping[str, torch.dtype],
     written: int,
     started: float,
+    files: dict[Path, dict[str, Any]],
 ) -> Streamed:
     """The account of a stream that began at `started`, in seconds of the monotonic clock."""
     words = Counter(str(dtypes[name]).removeprefix("torch.") for name in shapes)
@@ -168,4 +254,5 @@ def streamed(
         bytes=written,
         dtypes=dict(words),
         seconds=time.monotonic() - started,
+        files=files,
     )

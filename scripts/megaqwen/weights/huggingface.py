@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megaqwen.architecture import Architecture, tensor_shapes
 from megaqwen.errors import InputError
-from megaqwen.sources.verify import find_shards, read_json_object, read_safetensors_header
+from megaqwen.sources.verify import (
+    end_of_tensor,
+    find_shards,
+    read_json_object,
+    read_safetensors_header,
+)
+from megaqwen.weights.saved_tensors import read_exactly, tensor_memory
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,6 +45,14 @@ class HuggingFaceWeights:
             for path in files
             for name, entry in read_safetensors_header(path).items()
         }
+
+    @cached_property
+    def data_starts(self) -> dict[Path, int]:
+        """Where each file's tensors begin, in bytes: its header is as long as leaves room for them."""
+        ends: dict[Path, int] = {}
+        for path, entry in self.entries.values():
+            ends[path] = max(ends.get(path, 0), end_of_tensor(entry))
+        return {path: path.stat().st_size - end for path, end in ends.items()}
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -82,9 +95,20 @@ class HuggingFaceWeights:
             )
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its dtype."""
-        with safe_open(self.entries[name][0], framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor, in its dtype: read, not mapped, so that only it takes memory.
+
+        Raises:
+            InputError: The file ends within it.
+        """
+        path, entry = self.entries[name]
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        start = self.data_starts[path] + entry["data_offsets"][0]
+        try:
+            with open(path, "rb", buffering=0) as stream:
+                read_exactly(stream, start, tensor_memory(tensor))
+        except (OSError, EOFError) as error:
+            raise InputError(f"{path}: {name} cannot be read: {error}; fetch it again") from error
+        return tensor
 
 
 def listed(names: list[str]) -> str:

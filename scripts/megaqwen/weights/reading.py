@@ -5,19 +5,22 @@ lies where, and the chunks that a tensor needs are put together. Optimizer state
 """
 
 import pickle
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megaqwen.errors import InputError
 from megaqwen.weights.mapping import Transfer
+from megaqwen.weights.saved_tensors import read_saved_tensor
 from megaqwen.weights.writing import RELEASE, TRACKER
 
 
@@ -52,26 +55,6 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-class OneTensor(DefaultLoadPlanner):
-    """Puts everything that is read into one tensor."""
-
-    def __init__(self, destination: Tensor):
-        super().__init__()
-        self.destination = destination
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the destination that a read item fills."""
-        part = self.destination
-        for axis, (offset, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            part = part.narrow(axis, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was filled in place."""
-
-
 class MegatronWeights:
     """The model's tensors in one saved checkpoint."""
 
@@ -89,6 +72,7 @@ class MegatronWeights:
             raise InputError(f"{checkpoint / '.metadata'} cannot be read: {error}") from error
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, Any] = metadata.state_dict_metadata
+        self.chunks_by_position: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def locate(self, transfer: Transfer) -> tuple[str, ChunkStorageMetadata]:
         """The key that holds a transfer's tensor, and the box of it that is the transfer's.
@@ -134,15 +118,56 @@ class MegatronWeights:
                 " config.json describes"
             )
 
+    def dtype(self, transfer: Transfer) -> torch.dtype:
+        """The dtype that the checkpoint has a transfer's tensor in."""
+        dtype: torch.dtype = self.tensors[self.locate(transfer)[0]].properties.dtype
+        return dtype
+
+    def chunks(self, key: str, axes: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """A key's chunks by their position on the leading axes, of layers and experts.
+
+        A model with many experts has many thousands: none of them is looked at twice.
+        """
+        if key not in self.chunks_by_position:
+            by_position: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self.tensors[key].chunks:
+                spans = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+                for position in product(*(range(start, start + size) for start, size in spans)):
+                    by_position.setdefault(position, []).append(chunk)
+            self.chunks_by_position[key] = by_position
+        return self.chunks_by_position[key]
+
     def read(self, transfer: Transfer) -> Tensor:
         """Megatron's tensor of one transfer, in the checkpoint's dtype."""
         key, box = self.locate(transfer)
-        stored = self.tensors[key]
+        axes = len(box.sizes) - len(transfer.shape)
+        chunks = self.chunks(key, axes).get(tuple(box.offsets[:axes]), [])
+        stored = replace(self.tensors[key], chunks=chunks)
         destination = torch.empty(box.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(key, stored, [box])
         if sum(item.lengths.numel() for item in items) != destination.numel():
             raise InputError(
                 f"{self.checkpoint}: parts of {key} are missing: it was not saved whole"
             )
-        self.reader.read_data(LoadPlan(items), OneTensor(destination)).wait()
+        for item in items:
+            self.read_item(item, chunks[item.storage_index.index or 0], destination)
         return destination.reshape(transfer.shape)
+
+    def read_item(self, item: ReadItem, chunk: ChunkStorageMetadata, destination: Tensor) -> None:
+        """Read what a read item wants of a chunk to where it belongs in `destination`."""
+        place = self.reader.storage_data[item.storage_index]
+        part = narrow_tensor_by_index(destination, item.dest_offsets, item.lengths)
+        direct = item.lengths == chunk.sizes and part.is_contiguous()
+        target = part if direct else torch.empty(chunk.sizes, dtype=destination.dtype)
+        file = self.checkpoint / place.relative_path
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                found = read_saved_tensor(
+                    stream, place.offset, place.length, destination.dtype, target
+                )
+        except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"{file}: {item.storage_index.fqn} cannot be read: damaged or truncated ({error})"
+            ) from error
+        if found is not part:
+            part.copy_(narrow_tensor_by_index(found, item.storage_offsets, item.lengths))

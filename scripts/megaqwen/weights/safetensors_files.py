@@ -5,18 +5,20 @@ dtype and shape before the first of them is read, which is all that a header say
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaqwen.provenance import write_json
+from megaqwen.provenance import DigestingStream, sha256_file, write_json
 from megaqwen.sources.verify import INDEX_FILE, SINGLE_FILE
 from megaqwen.weights.huggingface import SAFETENSORS_NAMES
+from megaqwen.weights.saved_tensors import tensor_memory
 
 HEADER_ALIGNMENT = 8  # bytes
 
@@ -56,60 +58,72 @@ def plan_files(
     return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write_files(directory: Path, files: Files, tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Write all files, and the index where there are several.
+def write_file(
+    path: Path,
+    entries: Mapping[str, Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Callable[[int], None] = lambda size: None,
+) -> dict[str, Any]:
+    """Write one file.
 
     Args:
-        directory: An existing directory.
-        files: The plan, see `plan_files`.
-        tensors: Every tensor of the plan, once. Tensors of one file should be neighbours.
+        path: Its name.
+        entries: Its tensors, see `plan_files`.
+        tensors: Each of them once; in the file's order they are digested on the way.
+        progress: Called with the bytes of each tensor that was written.
 
     Returns:
-        Bytes of the tensors.
+        The file's bytes and SHA-256.
     """
+    header, offsets = file_header(entries)
+    size = len(header) + sum(entry.bytes for entry in entries.values())
+    in_order = True
+    with open(path, "wb", buffering=0) as file:
+        digesting = DigestingStream(file)
+        write_all(digesting, memoryview(header))
+        for name, tensor in tensors:
+            entry, offset = entries[name], offsets.pop(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned {entry}")
+            in_order &= file.tell() == offset
+            file.seek(offset)
+            write_all(digesting, tensor_memory(tensor.contiguous()))
+            progress(entry.bytes)
+        os.fsync(file.fileno())
+    if offsets:
+        raise ValueError(f"never given: {', '.join(offsets)}")
+    return digesting.facts() if in_order else {"bytes": size, "sha256": sha256_file(path)}
+
+
+def write_all(stream: DigestingStream, data: memoryview) -> None:
+    """Write all of `data`: a file takes 2 GiB at once, or what is left on the disk."""
+    while data:
+        data = data[stream.write(data) :]
+
+
+def file_header(entries: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
+    """A file's header, and each tensor's position in bytes from the start of the file."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    # Wide dtypes first, so that each tensor starts at a multiple of its element's size.
+    for name, entry in sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize):
+        offsets[name] = end
+        end += entry.bytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    start = struct.pack("<Q", len(text)) + text
+    return start, {name: len(start) + offset for name, offset in offsets.items()}
+
+
+def write_index(directory: Path, files: Files) -> None:
+    """Write the index that says which tensor is in which of several files."""
     place = {name: file for file, entries in files.items() for name in entries}
-    stream = dict(write_headers(directory, files))
-    for name, tensor in tensors:
-        file, offset = stream.pop(name)
-        entry = files[place[name]][name]
-        if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {entry}")
-        with open(file, "r+b") as output:
-            output.seek(offset)
-            write_tensor(output, tensor)
-    if stream:
-        raise ValueError(f"never given: {', '.join(stream)}")
     total = sum(entry.bytes for entries in files.values() for entry in entries.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": place}
-        write_json(directory / INDEX_FILE, index)
-    return total
-
-
-def write_headers(directory: Path, files: Files) -> Iterator[tuple[str, tuple[Path, int]]]:
-    """Write each file's header; give each tensor's file and position, in bytes from the start."""
-    for file, entries in files.items():
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offsets: dict[str, int] = {}
-        end = 0
-        # Wide dtypes first, so that each tensor starts at a multiple of its element's size.
-        for name, entry in sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize):
-            offsets[name] = end
-            end += entry.bytes
-            header[name] = {
-                "dtype": SAFETENSORS_NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [offsets[name], end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % HEADER_ALIGNMENT)
-        with open(directory / file, "wb") as output:
-            output.write(struct.pack("<Q", len(text)) + text)
-            output.truncate(8 + len(text) + end)
-        for name, offset in offsets.items():
-            yield name, (directory / file, 8 + len(text) + offset)
-
-
-def write_tensor(output: IO[bytes], tensor: Tensor) -> None:
-    """A tensor's bytes, in row order and little endian as torch has them in memory."""
-    output.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    index = {"metadata": {"total_size": total}, "weight_map": place}
+    write_json(directory / INDEX_FILE, index)

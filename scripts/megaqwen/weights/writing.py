@@ -1,23 +1,25 @@
 """Writes a Megatron `torch_dist` checkpoint without Megatron, a GPU or ranks: one tensor at a time.
 
-The files are torch's own distributed checkpoint, written through its storage writer as if by several
-ranks, each of which writes one file. Megatron adds three things to torch's format: a small JSON file,
-an entry for what is no tensor (`common_state`), and empty entries for FP8 state.
+The files are torch's own distributed checkpoint, as if several ranks had each written one file; here
+workers take a file each, and how many there are changes nothing in the files. Megatron adds three
+things to torch's format: a small JSON file, an entry for what is no tensor (`common_state`), and empty
+entries for FP8 state.
 """
 
 import io
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.default_planner import (
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -29,11 +31,14 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
-from megaqwen.provenance import write_json, write_text
+from megaqwen.provenance import DigestingStream, write_json, write_text
 from megaqwen.weights.mapping import Place, Transfer, extra_states
+from megaqwen.weights.workers import LEAST_MEMORY, MemoryBudget, run_all
 
-FILE_BYTES = 2 * 10**9
+FILE_BYTES = 500 * 10**6  # enough files for the workers, few enough for the file system
+BUFFER_BYTES = 2**20  # torch.save writes in many small pieces
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's word for a checkpoint that no training saved
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -52,16 +57,16 @@ class Writer(FileSystemWriter):
         """Nothing: the same weights give the same bytes, wherever they are written."""
 
 
-class Planner(DefaultSavePlanner):
-    """Makes each tensor when the writer asks for it."""
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One write item of torch's, and what makes its content."""
 
-    def __init__(self, make: Mapping[MetadataIndex, Callable[[], Tensor | io.BytesIO]]):
-        super().__init__()
-        self.make = make
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """What a write item holds."""
-        return self.make[write_item.index]()
+    write_item: WriteItem
+    make: Callable[[], Tensor | io.BytesIO]
+    bytes: int = 0
+    """Of the tensor; 0 for what is none."""
+    memory: int = 0
+    """Bytes that making it takes, its own included."""
 
 
 def write_checkpoint(
@@ -70,52 +75,102 @@ def write_checkpoint(
     dtypes: Mapping[str, torch.dtype],
     read: Callable[[str], Tensor],
     options: Mapping[str, Any],
-    progress: Callable[[int], None] = lambda written: None,
-) -> int:
+    *,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda size: None,
+    before: Callable[[str], None] = lambda name: None,
+) -> tuple[int, dict[Path, dict[str, Any]]]:
     """Write all transfers as a release checkpoint.
 
     Args:
         directory: An existing, empty directory: what Megatron's --load takes.
         transfers: The plan, see `plan_transfers`.
         dtypes: The dtype of each Hugging Face tensor.
-        read: Gives the Hugging Face tensor of a name.
+        read: Gives the Hugging Face tensor of a name; called by several threads.
         options: The model in Megatron's options, kept in the checkpoint where training keeps them.
-        progress: Called with the tensor bytes written so far, after each file.
+        workers: Threads, each of which writes one file at a time.
+        progress: Called with the tensor bytes of each item that was written.
+        before: Called with each Hugging Face name before its file is begun.
 
     Returns:
-        Bytes of the tensors that were written.
+        Bytes of the tensors that were written, and bytes and SHA-256 of their files.
     """
     transfers = list(transfers)
     key_dtypes = dtypes_by_key(transfers, dtypes)
-    make: dict[MetadataIndex, Callable[[], Tensor | io.BytesIO]] = {}
-    plans: list[SavePlan] = []
+    files: list[list[Item]] = []
+    names: list[list[str]] = []
     for group in groups_by_size(transfers, key_dtypes):
-        plans.append(SavePlan([]))
-        for transfer in group:
-            dtype = key_dtypes[transfer.key]
-            for place in (transfer.places[0], *transfer.copies):
-                item = tensor_item(transfer, place, dtype)
-                make[item.index] = tensor_maker(transfer, place, dtype, read)
-                plans[-1].items.append(item)
-    plans.append(SavePlan([]))
-    for name, value in objects(transfers, options).items():
-        index = MetadataIndex(name)
-        make[index] = object_maker(value)
-        plans[-1].items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
+        names.append([name for transfer in group for name in transfer.huggingface])
+        files.append(
+            [
+                tensor_item(transfer, place, key_dtypes[transfer.key], read)
+                for transfer in group
+                for place in (transfer.places[0], *transfer.copies)
+            ]
+        )
+    names.append([])
+    files.append([object_item(name, value) for name, value in objects(transfers, options).items()])
 
-    writer = Writer(directory / RELEASE)
+    target = directory / RELEASE
+    target.mkdir()
+    budget = MemoryBudget(max(LEAST_MEMORY, *(item.memory for items in files for item in items)))
+
+    def task(number: int) -> tuple[list[WriteResult], dict[str, Any]]:
+        for name in names[number]:
+            before(name)
+        return write_file(target / f"__{number}_0.distcp", files[number], budget, progress)
+
+    torch.serialization.set_crc32_options(False)  # it takes longer than the SHA-256 that we keep
+    try:
+        written = run_all([partial(task, number) for number in range(len(files))], workers)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    plans = [SavePlan([item.write_item for item in items]) for items in files]
+    _, metadata = create_default_global_save_plan(plans)
+    writer = Writer(target)
     writer.set_up_storage_writer(True)
-    (directory / RELEASE).mkdir()
-    plans, metadata = create_default_global_save_plan(plans)
-    written, results = 0, []
-    for plan in writer.prepare_global_plan(plans):
-        results.append(writer.write_data(plan, Planner(make)).wait())
-        written += sum(item_bytes(item) for item in plan.items)
-        progress(written)
-    writer.finish(metadata, results)
-    write_json(directory / RELEASE / "metadata.json", FORMAT)
+    writer.finish(metadata, [results for results, _ in written])
+    write_json(target / "metadata.json", FORMAT)
     write_text(directory / TRACKER, RELEASE)
-    return written
+    described = {
+        target / f"__{number}_0.distcp": facts for number, (_, facts) in enumerate(written)
+    }
+    return sum(item.bytes for items in files for item in items), described
+
+
+def write_file(
+    path: Path, items: Iterable[Item], budget: MemoryBudget, progress: Callable[[int], None]
+) -> tuple[list[WriteResult], dict[str, Any]]:
+    """Write one file, item after item.
+
+    Returns:
+        Where in it each item lies, and its bytes and SHA-256.
+    """
+    results = []
+    with open(path, "wb", buffering=0) as file:
+        digesting = DigestingStream(file)
+        stream = io.BufferedWriter(digesting, BUFFER_BYTES)
+        for item in items:
+            start = stream.tell()
+            with budget.taken(item.memory):
+                content = item.make()
+                if isinstance(content, Tensor):
+                    torch.save(content, stream)
+                else:
+                    stream.write(content.getbuffer())
+                del content
+            length = stream.tell() - start
+            results.append(
+                WriteResult(
+                    index=item.write_item.index,
+                    size_in_bytes=length,
+                    storage_data=_StorageInfo(path.name, start, length),
+                )
+            )
+            progress(item.bytes)
+        stream.flush()
+        os.fsync(file.fileno())
+    return results, digesting.facts()
 
 
 def dtypes_by_key(
@@ -146,33 +201,32 @@ def groups_by_size(
     yield group
 
 
-def tensor_item(transfer: Transfer, place: Place, dtype: torch.dtype) -> WriteItem:
-    """A transfer's part of a stacked tensor, or a whole tensor, as torch's writer knows it."""
-    offsets = torch.Size([*place.position, *(0 for _ in transfer.shape)])
-    return WriteItem(
-        index=MetadataIndex(place.key, offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(
-                offsets=offsets,
-                sizes=torch.Size([*(1 for _ in place.position), *transfer.shape]),
-            ),
-            properties=TensorProperties(dtype=dtype),
-            size=torch.Size([*place.lengths, *transfer.shape]),
-        ),
-    )
-
-
-def tensor_maker(
+def tensor_item(
     transfer: Transfer, place: Place, dtype: torch.dtype, read: Callable[[str], Tensor]
-) -> Callable[[], Tensor]:
-    """What reads a transfer's parts and makes Megatron's tensor of them."""
+) -> Item:
+    """A transfer's part of a stacked tensor, or a whole tensor."""
+    offsets = torch.Size([*place.position, *(0 for _ in transfer.shape)])
+    sizes = torch.Size([*(1 for _ in place.position), *transfer.shape])
 
     def make() -> Tensor:
         fused = transfer.transform.fuse([read(name).to(dtype) for name in transfer.huggingface])
-        return fused.reshape(*(1 for _ in place.position), *transfer.shape)
+        return fused.reshape(sizes)
 
-    return make
+    size = sizes.numel() * dtype.itemsize
+    return Item(
+        write_item=WriteItem(
+            index=MetadataIndex(place.key, offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+                properties=TensorProperties(dtype=dtype),
+                size=torch.Size([*place.lengths, *transfer.shape]),
+            ),
+        ),
+        make=make,
+        bytes=size,
+        memory=size if len(transfer.huggingface) == 1 else 2 * size,
+    )
 
 
 def objects(transfers: Iterable[Transfer], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,19 +236,13 @@ def objects(transfers: Iterable[Transfer], options: Mapping[str, Any]) -> dict[s
     return {**extra, "common_state/shard_0_1": common_state}
 
 
-def object_maker(value: Any) -> Callable[[], io.BytesIO]:
-    """What serializes an object as Megatron does: a list of the one object."""
+def object_item(name: str, value: Any) -> Item:
+    """What is no tensor, serialized as Megatron does: a list of the one object."""
 
     def make() -> io.BytesIO:
         stream = io.BytesIO()
         torch.save([value], stream)
         return stream
 
-    return make
-
-
-def item_bytes(item: WriteItem) -> int:
-    """Bytes of the tensor that an item writes; 0 for an object."""
-    if item.tensor_data is None:
-        return 0
-    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+    write_item = WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
+    return Item(write_item=write_item, make=make)

@@ -1,0 +1,106 @@
+"""Several workers over one model's tensors, in bounded memory."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TextIO
+
+from megaqwen.words import duration, readable_bytes
+
+MOST_WORKERS = 8  # more do not help: the disk is what they wait for
+LEAST_MEMORY = 2**30  # bytes that the workers may share, however small the tensors are
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_REWRITES = 0.5
+
+
+def usual_workers() -> int:
+    """The cores that this process may use, and no more than are of use."""
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def run_all[Result](tasks: Sequence[Callable[[], Result]], workers: int) -> list[Result]:
+    """Run tasks in threads, which torch, files and digests leave to each other.
+
+    Returns:
+        The results, in the order of the tasks.
+
+    Raises:
+        What a task raised first; tasks that had not begun by then are left out.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+class MemoryBudget:
+    """Bytes that the workers share: who needs more than is free waits."""
+
+    def __init__(self, limit: int):
+        """Share `limit` bytes."""
+        self.limit = self.free = limit
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes, or all where it is more than there are, for the block."""
+        size = min(size, self.limit)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= size)
+            self.free -= size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += size
+                self.changed.notify_all()
+
+
+class Progress:
+    """How far the stream is: a line rewritten in place on a terminal, elsewhere one now and then."""
+
+    def __init__(self, total: int, terminal: TextIO | None):
+        """Start the clock.
+
+        Args:
+            total: Bytes to come.
+            terminal: Where to write; None for nowhere.
+        """
+        self.total, self.terminal = total, terminal
+        self.done = 0
+        self.started = self.last = time.monotonic()
+        self.rewritten = bool(terminal and terminal.isatty())
+        self.lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """Count bytes that were written."""
+        pause = SECONDS_BETWEEN_REWRITES if self.rewritten else SECONDS_BETWEEN_LINES
+        with self.lock:
+            self.done += size
+            now = time.monotonic()
+            if self.terminal and (now - self.last >= pause):
+                self.last = now
+                start, end = ("\r\x1b[K", "") if self.rewritten else ("", "\n")
+                self.terminal.write(f"{start}  {self}{end}")
+                self.terminal.flush()
+
+    def end(self) -> None:
+        """Leave the terminal's line as it was before."""
+        if self.terminal and self.rewritten:
+            self.terminal.write("\r\x1b[K")
+            self.terminal.flush()
+
+    def __str__(self) -> str:
+        """Done, total, rate and time left."""
+        rate = self.done / max(time.monotonic() - self.started, 1e-9)
+        left = f", {duration((self.total - self.done) / rate)} left" if rate else ""
+        done, total = readable_bytes(self.done), readable_bytes(self.total)
+        return f"{done} of {total}, {rate / 1e9:.2f} GB/s{left}"
