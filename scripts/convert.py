@@ -39,11 +39,12 @@ def convert(arguments: argparse.Namespace) -> None:
             logger.info("%s", transfer)
         return
     checkpoint = arguments.output / "checkpoint"
+    downloaded = arguments.model.parent / "manifest.json"  # a person's model may have none
     with new_directory(checkpoint) as directory:
         streamed = convert_to_megatron(
             arguments.model,
             directory,
-            digests=recorded_digests(arguments.model.parent / "manifest.json"),
+            digests=recorded_digests(downloaded),
             workers=arguments.workers,
             terminal=arguments.terminal,
         )
@@ -51,7 +52,7 @@ def convert(arguments: argparse.Namespace) -> None:
     weights, _ = checked_model(arguments.model)
     record.write(
         arguments.output / "manifest.json",
-        inputs={"model": arguments.model.parent / "manifest.json"},
+        inputs={"model": downloaded} if downloaded.is_file() else {},
         results={
             **streamed.facts(),
             "megatron_options": megatron_options(weights.config),

@@ -67,7 +67,8 @@ def export(arguments: argparse.Namespace) -> None:
         )
         copy_companions(arguments.model, directory, dtype)
         files = describe_files(directory, streamed.files)
-    inputs = {"model": arguments.model.parent / "manifest.json"}
+    downloaded = arguments.model.parent / "manifest.json"  # a person's model may have none
+    inputs = {"model": downloaded} if downloaded.is_file() else {}
     if arguments.train_manifest:
         inputs["train"] = arguments.train_manifest
     record.write(

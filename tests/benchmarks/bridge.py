@@ -1,0 +1,171 @@
+"""Time and memory of the bridge at real shapes, beside `cp -r` of the same bytes.
+
+    uv run python tests/benchmarks/bridge.py 0.5B 1.5B 7B moe --directory /tmp/bridge --pairs 2
+
+Makes each model with random weights, then measures convert and export in turn with copies of what they
+read. As root the page cache is dropped before each; otherwise it stays as it is. A 7B takes 61 GB of
+disk.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from megaqwen.architecture import read_architecture, tensor_shapes  # noqa: E402
+from megaqwen.weights import convert_to_megatron, export_to_huggingface  # noqa: E402
+from megaqwen.weights.safetensors_files import plan_files, write_file, write_index  # noqa: E402
+
+SHARD_BYTES = 4 * 10**9
+COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"}
+QWEN2 = {**COMMON, "model_type": "qwen2", "rope_theta": 1e6}
+
+
+def dense(
+    hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int
+) -> dict[str, Any]:
+    """A Qwen2.5's config.json."""
+    return {
+        **QWEN2,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab,
+        "tie_word_embeddings": hidden < 3584,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5B": dense(896, 4864, 24, 14, 2, 151936),
+    "1.5B": dense(1536, 8960, 28, 12, 2, 151936),
+    "7B": dense(3584, 18944, 28, 28, 4, 152064),
+    # The layers and experts of Qwen3-30B-A3B, a quarter as wide.
+    "moe": {
+        **COMMON,
+        "model_type": "qwen3_moe",
+        "rope_theta": 1e6,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "moe_intermediate_size": 192,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def make_model(shape: str, directory: Path) -> None:
+    """Write a model of random bfloat16 weights."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+    shapes = tensor_shapes(read_architecture(SHAPES[shape]))
+    files = plan_files(shapes, dict.fromkeys(shapes, torch.bfloat16), SHARD_BYTES)
+    noise = torch.randn(1_000_003).bfloat16()
+
+    def weights(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            count = torch.Size(shapes[name]).numel()
+            yield name, noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
+
+    for name, entries in files.items():
+        write_file(directory / name, entries, weights(list(entries)))
+    if len(files) > 1:
+        write_index(directory, files)
+
+
+def largest_tensor(shape: str) -> float:
+    """GiB of the largest of Megatron's tensors, fc1 included."""
+    shapes = tensor_shapes(read_architecture(SHAPES[shape]))
+    sizes = {name: torch.Size(each).numel() * 2 for name, each in shapes.items()}
+    fused = 2 * max(size for name, size in sizes.items() if name.endswith("gate_proj.weight"))
+    return max(fused, *sizes.values()) / 2**30
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    """Seconds that a command takes with nothing in the page cache, and what it prints."""
+    os.sync()
+    if os.geteuid() == 0:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    start = time.monotonic()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return time.monotonic() - start, done.stdout
+
+
+def stage(direction: str, place: Path) -> None:
+    """One direction in this process; prints its seconds and its peak memory in GiB."""
+    start = time.monotonic()
+    target = place / ("megatron" if direction == "convert" else "back")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    if direction == "convert":
+        convert_to_megatron(place / "hf", target)
+    else:
+        megatron = place / "megatron"
+        export_to_huggingface(place / "hf", megatron, target, max_shard_bytes=SHARD_BYTES)
+    seconds = time.monotonic() - start
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def measure(shape: str, directory: Path, pairs: int) -> None:
+    """Print a line for each direction of each pair."""
+    place = directory / shape
+    shutil.rmtree(place, ignore_errors=True)
+    make_model(shape, place / "hf")
+    bound = 2 + 3 * largest_tensor(shape)
+    for _ in range(pairs):
+        for direction, source in (("convert", "hf"), ("export", "megatron")):
+            command = [sys.executable, __file__, "--stage", direction, "--directory", str(place)]
+            seconds, peak = map(float, timed(command)[1].split()[-2:])
+            copying, _ = timed(["cp", "-r", str(place / source), str(place / "copy")])
+            size = sum(path.stat().st_size for path in (place / "copy").rglob("*.*"))
+            shutil.rmtree(place / "copy")
+            print(
+                f"{shape:5} {direction:8} {size / 1e9:6.2f} GB {seconds:6.1f} s"
+                f" {size / seconds / 1e9:5.2f} GB/s, cp -r {copying:5.1f} s:"
+                f" {copying / seconds:4.2f} of its speed; peak {peak:4.2f} GiB of {bound:5.2f}",
+                flush=True,
+            )
+    shutil.rmtree(place)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shapes", nargs="*", choices=list(SHAPES), help="which models")
+    parser.add_argument("--directory", type=Path, required=True, help="a disk with room")
+    parser.add_argument("--pairs", type=int, default=2, help="repetitions (default: 2)")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        stage(arguments.stage, arguments.directory)
+    for shape in arguments.shapes:
+        measure(shape, arguments.directory, arguments.pairs)
+
+
+if __name__ == "__main__":
+    main()
