@@ -34,6 +34,7 @@ rule report:
             category="Run",
             labels={"table": "versions"},
         ),
+        card=LAYOUT.run / "export" / "hf" / "README.md",
     log:
         LOGS / "report.log",
     conda:
@@ -44,7 +45,8 @@ rule report:
         run=LAYOUT.run,
         directory=LAYOUT.run / "report",
     message:
-        "report: curves, parity, config and versions on one page"
+        "report: curves, parity, config and versions on one page, and the model card"
     shell:
         "{params.command} --run {params.run}"
-        " --manifests {input} --output {params.directory} --log {log}"
+        " --manifests {input} --output {params.directory}"
+        " --card {output.card} --log {log}"

@@ -1,6 +1,7 @@
 """Make a run's report: one self-contained page with curves, parity tables, config and versions.
 
-    python scripts/report.py --config RUN/config.yaml --run RUN --manifests MANIFEST... --output DIR
+    python scripts/report.py --config RUN/config.yaml --run RUN --manifests MANIFEST... --output DIR \\
+        --card RUN/export/hf/README.md
 
 DIR gets report.html and, one file each, the parts of it that `snakemake --report` collects.
 """
@@ -25,6 +26,7 @@ def report(arguments: argparse.Namespace) -> None:
     manifests = [read_json(existing(path, "all")) for path in arguments.manifests]
 
     from megaqwen.report import figures, pages
+    from megaqwen.report.card import model_card
     from megaqwen.training.metrics import read_metrics
 
     train = next(item for item in manifests if item["stage"] == "train")
@@ -51,6 +53,8 @@ def report(arguments: argparse.Namespace) -> None:
             ("Versions", versions),
         ]
         write_text(directory / "report.html", pages.page(f"Run {config.run}", sections))
+    if arguments.card:
+        write_text(arguments.card, model_card(config, manifests))
     logger.info("report: %s", arguments.output / "report.html")
 
 
@@ -60,6 +64,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's directory")
     parser.add_argument("--manifests", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--card", type=Path, help="the exported model's README.md, to be written")
     return run_command(report, parser)
 
 

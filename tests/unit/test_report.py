@@ -9,13 +9,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from commands import options, run_script, write_config
-from megaqwen.config import load_config
+from megaqwen.config import Config, load_config
 from megaqwen.provenance import StageRecord, read_json
+from megaqwen.report.card import model_card
 
 MODEL = 'models/<b onclick="alert(1)">Qwen & sons</b>'
 TEXT = "</pre><script>alert(2)</script>"
+CORPUS = {"source": "files", "files": ["a.jsonl"], "weight": 1.0}
 CROSSINGS = ("convert", "export")
 
 
@@ -28,9 +31,14 @@ def gates(logits: float) -> list[dict[str, Any]]:
 
 
 RESULTS: dict[str, dict[str, Any]] = {
-    "download": {"path": MODEL, "parameters": 1234567, "model_type": "qwen3"},
+    "download": {"source": "path", "path": MODEL, "parameters": 1234567, "model_type": "qwen3"},
     "convert": {"tensors": 46},
-    "preprocess": {"corpora": {"notes": {"tokens": 7654321}, "more": {"tokens": 55}}},
+    "preprocess": {
+        "corpora": {
+            "notes": {"tokens": 7654321, "documents": 4321},
+            "more": {"tokens": 55, "documents": 2},
+        }
+    },
     "train": {
         "iteration": 5,
         "metrics": "checkpoints/abc/metrics.jsonl",
@@ -43,8 +51,18 @@ RESULTS: dict[str, dict[str, Any]] = {
         "unigram_entropy": 6.5891,
     },
     "export": {"checkpoint": "iter_0000005"},
-    "parity_convert": {"crossing": "convert", "verdict": "passed", "gates": gates(8.64e-07)},
-    "parity_export": {"crossing": "export", "verdict": "passed", "gates": gates(1.93e-06)},
+    "parity_convert": {
+        "crossing": "convert",
+        "verdict": "passed",
+        "gates": gates(8.64e-07),
+        "positions": 7,
+    },
+    "parity_export": {
+        "crossing": "export",
+        "verdict": "passed",
+        "gates": gates(1.93e-06),
+        "positions": 9,
+    },
 }
 
 
@@ -78,6 +96,9 @@ class Run:
             run="small-run",
             model={"source": "path", "path": MODEL},
             parity={"texts": [TEXT]},
+            data={
+                "corpora": [{**CORPUS, "name": "notes"}, {**CORPUS, "name": "more", "weight": 3}]
+            },
         )
         for stage, results in RESULTS.items():
             StageRecord(stage, {"stage": stage}).write(
@@ -95,6 +116,7 @@ class Run:
             config=self.directory / "config.yaml",
             run=self.directory,
             output=self.directory / "report",
+            card=self.directory / "export" / "hf" / "README.md",
         )
         done = run_script("report.py", *places, "--manifests", *manifests)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -229,3 +251,47 @@ def test_a_run_without_gradient_norms_or_validation_has_a_report(tmp_path: Path)
     page = Page(run.report())
     assert ["validation loss", "not measured"] in page.rows
     assert ["test loss", "not measured"] in page.rows
+
+
+def card_of(config: Config, **download: str) -> tuple[dict[str, Any], str]:
+    """The metadata and the text of the card of a run whose model came from elsewhere."""
+    manifests = [
+        {
+            "stage": stage,
+            "results": {**results, **(download if stage == "download" else {})},
+            "versions": {"torch": "2.11.0"},
+            "git": {"commit": "abcdef"},
+        }
+        for stage, results in RESULTS.items()
+    ]
+    _, metadata, text = model_card(config, manifests).split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_the_card_says_what_the_model_is_made_of(run: Run) -> None:
+    run.report()
+    card = (run.directory / "export" / "hf" / "README.md").read_text()
+    for words in (
+        "# small-run",
+        f"The model in {MODEL}, trained further with Megatron-Core on 20,480 tokens (5 iterations)",
+        "| notes | 4,321 | 7,654,321 | 1 |",
+        "| more | 2 | 55 | 3 |",
+        "tensor_model_parallel_size: 2",
+        "validation 5.5432 nats per token, test not measured",
+        "After conversion: passed. After export: passed, over 9 positions.",
+        "| export | logits | max \\|difference\\| | 1.93e-06 | 0.0001 |",
+    ):
+        assert words in card, card
+
+
+def test_the_card_names_the_base_model_as_the_hub_reads_it(run: Run) -> None:
+    config = load_config(run.directory / "config.yaml")
+    hub = {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B", "commit": "c0ffee", "revision": "main"}
+    metadata, text = card_of(config, **hub)
+    assert metadata["base_model"] == "Qwen/Qwen3-0.6B"
+    assert (
+        "[Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B) at commit c0ffee (main)" in text
+    )
+    metadata, text = card_of(config, source="tiny", architecture="qwen3", seed="1")
+    assert "base_model" not in metadata
+    assert "A tiny qwen3 with random weights" in text

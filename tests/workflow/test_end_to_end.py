@@ -84,6 +84,8 @@ def test_the_run_says_its_verdicts_and_places(checkout: Path, printed: str) -> N
 
 def test_the_exported_model_generates(checkout: Path, printed: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkout / "results/runs/my-files/export/hf")
+    card = (checkout / "results/runs/my-files/export/hf/README.md").read_text(encoding="utf-8")
+    assert "After export: passed" in card
     prompt = torch.arange(8)[None]
     assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 12)
 
