@@ -21,6 +21,7 @@ from megaqwen.weights.reading import MegatronWeights, find_checkpoint
 from megaqwen.weights.safetensors_files import Entry, plan_files, write_file, write_index
 from megaqwen.weights.workers import (
     LEAST_MEMORY,
+    Flusher,
     MemoryBudget,
     Progress,
     run_all,
@@ -223,9 +224,12 @@ def export_to_huggingface(
                         yield name, tensor.to(dtypes[name])
 
     def task(file: str) -> dict[str, Any]:
-        return write_file(directory / file, files[file], tensors(files[file]), progress.add)
+        facts = write_file(directory / file, files[file], tensors(files[file]), progress.add)
+        flusher.add(directory / file)
+        return facts
 
-    described = run_all([partial(task, file) for file in files], workers or usual_workers())
+    with Flusher() as flusher:
+        described = run_all([partial(task, file) for file in files], workers or usual_workers())
     progress.end()
     if len(files) > 1:
         write_index(directory, files)

@@ -5,7 +5,6 @@ dtype and shape before the first of them is read, which is all that a header say
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -89,7 +88,6 @@ def write_file(
             file.seek(offset)
             write_all(digesting, tensor_memory(tensor.contiguous()))
             progress(entry.bytes)
-        os.fsync(file.fileno())
     if offsets:
         raise ValueError(f"never given: {', '.join(offsets)}")
     return digesting.facts() if in_order else {"bytes": size, "sha256": sha256_file(path)}

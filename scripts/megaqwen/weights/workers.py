@@ -5,12 +5,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import TextIO
 
 from megaqwen.words import duration, readable_bytes
 
 MOST_WORKERS = 8  # more do not help: the disk is what they wait for
+FILES_AT_ONCE = 2  # on their way to the disk
 LEAST_MEMORY = 2**30  # bytes that the workers may share, however small the tensors are
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REWRITES = 0.5
@@ -39,6 +41,35 @@ def run_all[Result](tasks: Sequence[Callable[[], Result]], workers: int) -> list
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]
+
+
+class Flusher:
+    """Brings finished files to the disk while the workers go on; at the block's end all are there."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(FILES_AT_ONCE)
+        self.flushed: list[Future[None]] = []
+
+    def __enter__(self) -> "Flusher":
+        """Take files."""
+        return self
+
+    def add(self, path: Path) -> None:
+        """Take a file that is written."""
+        self.flushed.append(self.pool.submit(flush, path))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Wait, and raise what went wrong; after another error wait for what has begun only."""
+        self.pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for future in self.flushed:
+                future.result()
+
+
+def flush(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 class MemoryBudget:

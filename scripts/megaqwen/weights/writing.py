@@ -7,7 +7,6 @@ entries for FP8 state.
 """
 
 import io
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megaqwen.provenance import DigestingStream, write_json, write_text
 from megaqwen.weights.mapping import Place, Transfer, extra_states
-from megaqwen.weights.workers import LEAST_MEMORY, MemoryBudget, run_all
+from megaqwen.weights.workers import LEAST_MEMORY, Flusher, MemoryBudget, run_all
 
 FILE_BYTES = 500 * 10**6  # enough files for the workers, few enough for the file system
 BUFFER_BYTES = 2**20  # torch.save writes in many small pieces
@@ -118,11 +117,15 @@ def write_checkpoint(
     def task(number: int) -> tuple[list[WriteResult], dict[str, Any]]:
         for name in names[number]:
             before(name)
-        return write_file(target / f"__{number}_0.distcp", files[number], budget, progress)
+        path = target / f"__{number}_0.distcp"
+        written = write_file(path, files[number], budget, progress)
+        flusher.add(path)
+        return written
 
     torch.serialization.set_crc32_options(False)  # it takes longer than the SHA-256 that we keep
     try:
-        written = run_all([partial(task, number) for number in range(len(files))], workers)
+        with Flusher() as flusher:
+            written = run_all([partial(task, number) for number in range(len(files))], workers)
     finally:
         torch.serialization.set_crc32_options(True)
     plans = [SavePlan([item.write_item for item in items]) for items in files]
@@ -169,7 +172,6 @@ def write_file(
             )
             progress(item.bytes)
         stream.flush()
-        os.fsync(file.fileno())
     return results, digesting.facts()
 
 
