@@ -225,3 +225,11 @@ def test_progress_says_what_is_left() -> None:
     progress.started -= 2
     progress.add(10**9)
     assert re.fullmatch(r"1\.0 GB of 4\.0 GB, 0\.50 GB/s, [67]s left", str(progress))
+
+
+def test_shards_are_few_and_even() -> None:
+    shapes = {f"layer {number}": (10,) for number in range(50)}  # 40 bytes each
+    files = plan_files(shapes, dict.fromkeys(shapes, torch.float32), 900)
+    sizes = [sum(entry.bytes for entry in entries.values()) for entries in files.values()]
+    assert sizes == [680, 680, 640]
+    assert [name for entries in files.values() for name in entries] == list(shapes)

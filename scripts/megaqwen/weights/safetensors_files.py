@@ -5,6 +5,7 @@ dtype and shape before the first of them is read, which is all that a header say
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -41,12 +42,17 @@ Files = dict[str, dict[str, Entry]]
 def plan_files(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_bytes: int
 ) -> Files:
-    """Which tensors go into which file, in order, by transformers' names for the files."""
+    """Which tensors go into which file, in order, by transformers' names for the files.
+
+    No more files than needed, and of about the same size, so that workers have as much to do.
+    """
+    entries = {name: Entry(dtype=dtypes[name], shape=shape) for name, shape in shapes.items()}
+    total = sum(entry.bytes for entry in entries.values())
+    even = total / math.ceil(total / max_bytes)
     groups: list[dict[str, Entry]] = [{}]
     size = 0
-    for name, shape in shapes.items():
-        entry = Entry(dtype=dtypes[name], shape=shape)
-        if groups[-1] and size + entry.bytes > max_bytes:
+    for name, entry in entries.items():
+        if groups[-1] and (size + entry.bytes > max_bytes or size >= even):
             groups.append({})
             size = 0
         groups[-1][name] = entry
