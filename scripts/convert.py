@@ -14,10 +14,11 @@ from pathlib import Path
 
 from megaqwen.architecture import megatron_options
 from megaqwen.config import load_config
-from megaqwen.console import run_command, stage_parser
+from megaqwen.console import add_workers, run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json
+from megaqwen.provenance import StageRecord, describe_files, new_directory
+from megaqwen.sources.recorded import download_manifest, recorded_digests
 from megaqwen.sources.verify import verify_model_directory
 
 logger = logging.getLogger("megaqwen.convert")
@@ -39,12 +40,11 @@ def convert(arguments: argparse.Namespace) -> None:
             logger.info("%s", transfer)
         return
     checkpoint = arguments.output / "checkpoint"
-    downloaded = arguments.model.parent / "manifest.json"  # a person's model may have none
     with new_directory(checkpoint) as directory:
         streamed = convert_to_megatron(
             arguments.model,
             directory,
-            digests=recorded_digests(downloaded),
+            digests=recorded_digests(arguments.model),
             workers=arguments.workers,
             terminal=arguments.terminal,
         )
@@ -52,7 +52,7 @@ def convert(arguments: argparse.Namespace) -> None:
     weights, _ = checked_model(arguments.model)
     record.write(
         arguments.output / "manifest.json",
-        inputs={"model": downloaded} if downloaded.is_file() else {},
+        inputs=download_manifest(arguments.model),
         results={
             **streamed.facts(),
             "megatron_options": megatron_options(weights.config),
@@ -60,14 +60,6 @@ def convert(arguments: argparse.Namespace) -> None:
         },
     )
     logger.info("%s", streamed)
-
-
-def recorded_digests(manifest: Path) -> dict[str, str]:
-    """SHA-256 of the model's files where download recorded them: not of files that were there before."""
-    if not manifest.is_file():
-        return {}
-    files = read_json(manifest)["results"]["files"]
-    return {name: facts["sha256"] for name, facts in files.items() if "sha256" in facts}
 
 
 def main() -> int:
@@ -78,9 +70,7 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print each tensor's mapping and shapes"
     )
-    parser.add_argument(
-        "--workers", type=int, help="threads (default: one for each core, at most 8)"
-    )
+    add_workers(parser)
     return run_command(convert, parser)
 
 

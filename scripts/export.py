@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from megaqwen.config import load_config
-from megaqwen.console import run_command, stage_parser
+from megaqwen.console import add_workers, run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json, write_json
+from megaqwen.sources.recorded import download_manifest
 
 logger = logging.getLogger("megaqwen.export")
 
@@ -67,8 +68,7 @@ def export(arguments: argparse.Namespace) -> None:
         )
         copy_companions(arguments.model, directory, dtype)
         files = describe_files(directory, streamed.files)
-    downloaded = arguments.model.parent / "manifest.json"  # a person's model may have none
-    inputs = {"model": downloaded} if downloaded.is_file() else {}
+    inputs = download_manifest(arguments.model)
     if arguments.train_manifest:
         inputs["train"] = arguments.train_manifest
     record.write(
@@ -106,9 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print each tensor's mapping and shapes"
     )
-    parser.add_argument(
-        "--workers", type=int, help="threads (default: one for each core, at most 8)"
-    )
+    add_workers(parser)
     return run_command(export, parser)
 
 

@@ -46,6 +46,20 @@ def stage_parser(docstring: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, of a command that streams weights."""
+
+    def positive(text: str) -> int:
+        if (number := int(text)) < 1:
+            raise ValueError
+        return number
+
+    positive.__name__ = "number above 0"  # as argparse words its error
+    parser.add_argument(
+        "--workers", type=positive, help="threads (default: one for each core, at most 8)"
+    )
+
+
 def terminal_and_log(log: Path | None, *, quiet: bool = False) -> TextIO:
     """Send logging to the terminal and, with `log`, all other output of this process to that file.
 

@@ -1,13 +1,17 @@
 """The engine of the bridge: memory, workers, damage and kills."""
 
+import errno
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from commands import ROOT, options, run_script, write_config
 from megaqwen.architecture import read_architecture, tensor_shapes
 from megaqwen.errors import InputError
 from megaqwen.provenance import describe_files, sha256_file
-from megaqwen.weights import convert_to_megatron, read_hf_tensors, writing
+from megaqwen.sources.recorded import download_manifest, recorded_digests
+from megaqwen.weights import bridge, convert_to_megatron, read_hf_tensors, writing
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.safetensors_files import plan_files, write_file
 from megaqwen.weights.saved_tensors import find_bytes, read_saved_tensor
@@ -132,7 +137,8 @@ def test_a_damaged_shard_is_named(tiny_qwen3: Path, tmp_path: Path) -> None:
         (model / path.name).write_bytes(path.read_bytes())
     weights = model / "model.safetensors"
     recorded = {"model.safetensors": {"sha256": sha256_file(weights)}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"results": {"files": recorded}}))
+    manifest = {"stage": "download", "results": {"files": recorded}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     flip_a_bit(weights)
     output = tmp_path / "output"
     config = write_config(tmp_path / "config.yaml")
@@ -233,3 +239,73 @@ def test_shards_are_few_and_even() -> None:
     sizes = [sum(entry.bytes for entry in entries.values()) for entries in files.values()]
     assert sizes == [680, 680, 640]
     assert [name for entries in files.values() for name in entries] == list(shapes)
+
+
+def test_a_file_that_cannot_be_written_leaves_no_worker_waiting(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file fails with all of the shared memory in its hands; the others need it."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    megatron.mkdir()
+    back.mkdir()
+    convert_to_megatron(tiny_qwen3, megatron)
+    monkeypatch.setattr(bridge, "LEAST_MEMORY", 1)
+    failed = threading.Event()
+
+    def full(*_: object) -> None:
+        if not failed.is_set():
+            time.sleep(0.2)
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def export() -> None:
+        with pytest.raises(OSError, match="No space"):
+            bridge.export_to_huggingface(
+                tiny_qwen3, megatron, back, max_shard_bytes=10**6, workers=4
+            )
+
+    monkeypatch.setattr(Progress, "add", full)
+    thread = threading.Thread(target=export, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert failed.is_set() and not thread.is_alive()
+
+
+class ShortReads(io.FileIO):
+    """A file that gives less than it is asked for, as one does above 2 GiB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(min(size or 0, 100))
+
+    def readinto(self, target: Any, /) -> int:
+        return super().readinto(memoryview(target)[:100])
+
+
+@pytest.mark.parametrize("saved", [torch.arange(900.0).reshape(30, 30), torch.eye(30)[:, :7].T])
+def test_what_is_larger_than_one_read(saved: Tensor, tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "saved")
+    length = (tmp_path / "saved").stat().st_size
+    with ShortReads(tmp_path / "saved") as stream:
+        target = torch.empty(saved.shape)
+        assert torch.equal(read_saved_tensor(stream, 0, length, torch.float32, target), saved)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "many"])
+def test_a_number_of_workers_is_above_0(workers: str, tmp_path: Path) -> None:
+    words = options(config="config.yaml", model=tmp_path, output=tmp_path / "output")
+    done = run_script("convert.py", *words, "--workers", workers)
+    assert done.returncode == 2
+    assert f"argument --workers: invalid number above 0 value: '{workers}'" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not JSON", '{"stage": "train"}'])
+def test_another_programs_manifest_is_none_of_ours(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert download_manifest(tmp_path / "hf") == {}
+    assert recorded_digests(tmp_path / "hf") == {}
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"stage": "download"}')
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: run download again"):
+        recorded_digests(tmp_path / "hf")

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,12 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
+from megaqwen.architecture import (
+    Architecture,
+    megatron_options,
+    read_architecture,
+    tensor_shapes,
+)
 from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
 from megaqwen.weights.huggingface import HuggingFaceWeights
@@ -27,7 +33,7 @@ from megaqwen.weights.workers import (
     run_all,
     usual_workers,
 )
-from megaqwen.weights.writing import dtypes_by_key, write_checkpoint
+from megaqwen.weights.writing import write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +93,6 @@ def convert_to_megatron(
     """
     started = time.monotonic()
     weights, transfers = checked_model(model)
-    dtypes = dtypes_by_key(transfers, weights.dtypes)
-    progress = Progress(
-        sum(
-            torch.Size(transfer.shape).numel() * dtypes[transfer.key].itemsize
-            for transfer in transfers
-            for _ in (transfer.places[0], *transfer.copies)
-        ),
-        terminal,
-    )
     written, files = write_checkpoint(
         directory,
         transfers,
@@ -103,10 +100,9 @@ def convert_to_megatron(
         weights.read,
         megatron_options(weights.config),
         workers=workers or usual_workers(),
-        progress=progress.add,
+        terminal=terminal,
         before=FileCheck(weights, digests or {}),
     )
-    progress.end()
     shapes = tensor_shapes(read_architecture(weights.config))
     return streamed(shapes, weights.dtypes, written, started, files)
 
@@ -143,6 +139,16 @@ def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:
     return weights, plan_transfers(qwen)
 
 
+def checked_checkpoint(
+    checkpoint: Path, qwen: Architecture, iteration: int | None
+) -> tuple[MegatronWeights, list[Transfer]]:
+    """A checkpoint's weights, found to be of this model, and the plan of their transfers."""
+    transfers = plan_transfers(qwen)
+    saved = MegatronWeights(find_checkpoint(checkpoint, iteration))
+    saved.check(transfers)
+    return saved, transfers
+
+
 def read_hf_tensors(
     checkpoint: Path,
     hf_config: Mapping[str, Any],
@@ -163,11 +169,9 @@ def read_hf_tensors(
     Raises:
         InputError: There is no such checkpoint, or it is not of this model.
     """
-    transfers = plan_transfers(read_architecture(hf_config))
-    weights = MegatronWeights(find_checkpoint(checkpoint, iteration))
-    weights.check(transfers)
+    saved, transfers = checked_checkpoint(checkpoint, read_architecture(hf_config), iteration)
     for transfer in transfers:
-        parts = transfer.transform.split(weights.read(transfer))
+        parts = transfer.transform.split(saved.read(transfer))
         for name, tensor in zip(transfer.huggingface, parts, strict=True):
             yield name, tensor.to(dtypes[name]) if dtypes else tensor
 
@@ -202,18 +206,15 @@ def export_to_huggingface(
     started = time.monotonic()
     source = HuggingFaceWeights(model)
     qwen = read_architecture(source.config)
-    transfers = plan_transfers(qwen)
-    saved = MegatronWeights(find_checkpoint(checkpoint, iteration))
-    saved.check(transfers)
+    saved, transfers = checked_checkpoint(checkpoint, qwen, iteration)
     shapes = tensor_shapes(qwen)
     dtypes = {name: dtype or source.dtypes[name] for name in shapes}
     files = plan_files(shapes, dtypes, max_shard_bytes)
     total = sum(entry.bytes for entries in files.values() for entry in entries.values())
-    progress = Progress(total, terminal)
     memory = {transfer: memory_to_read(transfer, saved) for transfer in transfers}
     budget = MemoryBudget(max(LEAST_MEMORY, *memory.values()))
 
-    def tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(entries: Mapping[str, Entry]) -> Generator[tuple[str, Tensor]]:
         for transfer in transfers:
             if entries.keys().isdisjoint(transfer.huggingface):
                 continue
@@ -224,13 +225,14 @@ def export_to_huggingface(
                         yield name, tensor.to(dtypes[name])
 
     def task(file: str) -> dict[str, Any]:
-        facts = write_file(directory / file, files[file], tensors(files[file]), progress.add)
+        # Closed, so that a file that cannot be written gives back the memory others wait for.
+        with closing(tensors(files[file])) as stream:
+            facts = write_file(directory / file, files[file], stream, progress.add)
         flusher.add(directory / file)
         return facts
 
-    with Flusher() as flusher:
+    with Progress(total, terminal) as progress, Flusher() as flusher:
         described = run_all([partial(task, file) for file in files], workers or usual_workers())
-    progress.end()
     if len(files) > 1:
         write_index(directory, files)
     known = {directory / file: facts for file, facts in zip(files, described, strict=True)}

@@ -119,9 +119,10 @@ def content_start(stream: io.FileIO, header: int) -> int:
 
 
 def read_at(stream: io.FileIO, start: int, size: int) -> bytes:
-    """Bytes of a file from one place."""
-    stream.seek(start)
-    return stream.read(size)
+    """Bytes of a file from one place; EOFError where it ends too early."""
+    content = bytearray(size)
+    read_exactly(stream, start, memoryview(content))
+    return bytes(content)
 
 
 def read_saved_tensor(
@@ -162,7 +163,7 @@ def tensor_memory(tensor: Tensor) -> memoryview:
 
 
 def read_exactly(stream: io.FileIO, start: int, target: memoryview) -> None:
-    """Fill `target` from one place of a file; EOFError where it ends too early."""
+    """Fill `target` from one place of a file, which gives 2 GiB at once; EOFError where it ends."""
     stream.seek(start)
     while target:
         count = stream.readinto(target)

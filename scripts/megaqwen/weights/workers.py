@@ -47,6 +47,7 @@ class Flusher:
     """Brings finished files to the disk while the workers go on; at the block's end all are there."""
 
     def __init__(self) -> None:
+        """Take a few files at once."""
         self.pool = ThreadPoolExecutor(FILES_AT_ONCE)
         self.flushed: list[Future[None]] = []
 
@@ -123,8 +124,12 @@ class Progress:
                 self.terminal.write(f"{start}  {self}{end}")
                 self.terminal.flush()
 
-    def end(self) -> None:
-        """Leave the terminal's line as it was before."""
+    def __enter__(self) -> "Progress":
+        """Count for the block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the terminal's line as it was before, for what is said next."""
         if self.terminal and self.rewritten:
             self.terminal.write("\r\x1b[K")
             self.terminal.flush()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megaqwen.provenance import DigestingStream, write_json, write_text
 from megaqwen.weights.mapping import Place, Transfer, extra_states
-from megaqwen.weights.workers import LEAST_MEMORY, Flusher, MemoryBudget, run_all
+from megaqwen.weights.workers import LEAST_MEMORY, Flusher, MemoryBudget, Progress, run_all
 
 FILE_BYTES = 500 * 10**6  # enough files for the workers, few enough for the file system
 BUFFER_BYTES = 2**20  # torch.save writes in many small pieces
@@ -66,6 +66,8 @@ class Item:
     """Of the tensor; 0 for what is none."""
     memory: int = 0
     """Bytes that making it takes, its own included."""
+    huggingface: tuple[str, ...] = ()
+    """What it is made of."""
 
 
 def write_checkpoint(
@@ -76,7 +78,7 @@ def write_checkpoint(
     options: Mapping[str, Any],
     *,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda size: None,
+    terminal: TextIO | None = None,
     before: Callable[[str], None] = lambda name: None,
 ) -> tuple[int, dict[Path, dict[str, Any]]]:
     """Write all transfers as a release checkpoint.
@@ -88,57 +90,53 @@ def write_checkpoint(
         read: Gives the Hugging Face tensor of a name; called by several threads.
         options: The model in Megatron's options, kept in the checkpoint where training keeps them.
         workers: Threads, each of which writes one file at a time.
-        progress: Called with the tensor bytes of each item that was written.
-        before: Called with each Hugging Face name before its file is begun.
+        terminal: Where to say how far it is.
+        before: Called with each Hugging Face name before the file that it goes to is begun.
 
     Returns:
         Bytes of the tensors that were written, and bytes and SHA-256 of their files.
     """
     transfers = list(transfers)
     key_dtypes = dtypes_by_key(transfers, dtypes)
-    files: list[list[Item]] = []
-    names: list[list[str]] = []
-    for group in groups_by_size(transfers, key_dtypes):
-        names.append([name for transfer in group for name in transfer.huggingface])
-        files.append(
-            [
-                tensor_item(transfer, place, key_dtypes[transfer.key], read)
-                for transfer in group
-                for place in (transfer.places[0], *transfer.copies)
-            ]
-        )
-    names.append([])
-    files.append([object_item(name, value) for name, value in objects(transfers, options).items()])
-
+    contents = [
+        [
+            tensor_item(transfer, place, key_dtypes[transfer.key], read)
+            for transfer in group
+            for place in (transfer.places[0], *transfer.copies)
+        ]
+        for group in groups_by_size(transfers, key_dtypes)
+    ]
+    contents.append([object_item(*each) for each in objects(transfers, options).items()])
     target = directory / RELEASE
     target.mkdir()
-    budget = MemoryBudget(max(LEAST_MEMORY, *(item.memory for items in files for item in items)))
+    files = {target / f"__{number}_0.distcp": items for number, items in enumerate(contents)}
+    total = sum(item.bytes for items in contents for item in items)
+    budget = MemoryBudget(max(LEAST_MEMORY, *(item.memory for items in contents for item in items)))
 
-    def task(number: int) -> tuple[list[WriteResult], dict[str, Any]]:
-        for name in names[number]:
-            before(name)
-        path = target / f"__{number}_0.distcp"
-        written = write_file(path, files[number], budget, progress)
+    def task(path: Path) -> tuple[list[WriteResult], dict[str, Any]]:
+        for item in files[path]:
+            for name in item.huggingface:
+                before(name)
+        written = write_file(path, files[path], budget, progress.add)
         flusher.add(path)
         return written
 
+    checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # it takes longer than the SHA-256 that we keep
     try:
-        with Flusher() as flusher:
-            written = run_all([partial(task, number) for number in range(len(files))], workers)
+        with Progress(total, terminal) as progress, Flusher() as flusher:
+            written = run_all([partial(task, path) for path in files], workers)
     finally:
-        torch.serialization.set_crc32_options(True)
-    plans = [SavePlan([item.write_item for item in items]) for items in files]
+        torch.serialization.set_crc32_options(checksums)
+    plans = [SavePlan([item.write_item for item in items]) for items in contents]
     _, metadata = create_default_global_save_plan(plans)
     writer = Writer(target)
     writer.set_up_storage_writer(True)
     writer.finish(metadata, [results for results, _ in written])
     write_json(target / "metadata.json", FORMAT)
     write_text(directory / TRACKER, RELEASE)
-    described = {
-        target / f"__{number}_0.distcp": facts for number, (_, facts) in enumerate(written)
-    }
-    return sum(item.bytes for items in files for item in items), described
+    described = {path: facts for path, (_, facts) in zip(files, written, strict=True)}
+    return total, described
 
 
 def write_file(
@@ -228,6 +226,7 @@ def tensor_item(
         make=make,
         bytes=size,
         memory=size if len(transfer.huggingface) == 1 else 2 * size,
+        huggingface=transfer.huggingface,
     )
 
 
