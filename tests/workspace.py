@@ -47,6 +47,8 @@ class Workspace:
     """A model, its Megatron checkpoint and its tokenized corpus."""
 
     directory: Path
+    architecture: str = "qwen3"
+    """Of the tiny model."""
 
     def config(self, name: str, options: Mapping[str, Any], **sections: Any) -> Path:
         """Write a config whose section train is OPTIONS and `options`; `sections` are laid over.
@@ -63,7 +65,8 @@ class Workspace:
         }
         data = {"corpora": [corpus], "split": [60, 20, 20], **sections.pop("data", {})}
         path = self.directory / f"{name}.yaml"
-        return write_config(path, data=data, train=train, **sections)
+        model = {"source": "tiny", "architecture": self.architecture, "seed": 1234}
+        return write_config(path, data=data, train=train, model=model, **sections)
 
     def launch_words(self, name: str, ranks: int, options: Mapping[str, Any]) -> list[str]:
         """The words after launch.py that train, or resume, in the directory `name`."""
@@ -92,10 +95,29 @@ class Workspace:
         (checkpoints,) = (self.directory / name / "checkpoints").iterdir()
         return checkpoints
 
+    def export(self, name: str, checkpoints: Path, options: Mapping[str, Any], dtype: str) -> Path:
+        """Export what was trained to the directory `name`, and hold it against the gates."""
+        config = self.config(name, options, export={"dtype": dtype})
+        manifest = checkpoints.parents[1] / "manifest.json"
+        exported = self.directory / name
+        script(
+            *("export.py", "--config", config, "--model", self.directory / "model" / "hf"),
+            *("--checkpoint", checkpoints, "--train-manifest", manifest, "--output", exported),
+        )
+        verdict = exported / "parity.json"
+        script(
+            *("parity.py", "--config", config, "--crossing", "export"),
+            *("--model", exported / "hf", "--checkpoint", checkpoints),
+            *("--data", self.directory / "data", "--output", verdict),
+            *("--checkpoint-manifest", manifest),
+        )
+        assert read_json(verdict)["results"]["verdict"] == "passed"
+        return exported / "hf"
 
-def prepare(directory: Path) -> Workspace:
+
+def prepare(directory: Path, architecture: str = "qwen3") -> Workspace:
     """The stages before training, run as the workflow runs them."""
-    workspace = Workspace(directory=directory)
+    workspace = Workspace(directory=directory, architecture=architecture)
     with open(directory / "lines.jsonl", "w", encoding="utf-8") as stream:
         for number in range(200):
             words = " ".join(f"{number * factor % 97} is not {factor}" for factor in range(2, 12))
@@ -112,6 +134,10 @@ def prepare(directory: Path) -> Workspace:
 
 def losses(checkpoints: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(checkpoints / "metrics.jsonl") if "loss" in row]
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def weights(workspace: Workspace, checkpoints: Path, iteration: int) -> dict[str, torch.Tensor]:

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaqwen.provenance import read_json
-from workspace import Workspace, differing, forget_after, losses, prepare, script, weights
+from workspace import (
+    Workspace,
+    differing,
+    forget_after,
+    largest_difference,
+    losses,
+    prepare,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -33,10 +40,6 @@ def on_cpu(workspace: Workspace) -> Path:
 @pytest.fixture(scope="module")
 def in_bf16(workspace: Workspace) -> Path:
     return workspace.train("bf16", 1, BF16)
-
-
-def largest_difference(first: list[float], second: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def test_float32_follows_the_cpu(workspace: Workspace, on_cpu: Path) -> None:
@@ -74,18 +77,4 @@ def test_a_training_moves_from_cpu_to_gpu(workspace: Workspace, on_cpu: Path) ->
 def test_what_was_trained_in_bf16_passes_the_gates(
     workspace: Workspace, in_bf16: Path, dtype: str
 ) -> None:
-    directory = workspace.directory
-    config = workspace.config(f"export-{dtype}", BF16, export={"dtype": dtype})
-    exported = directory / f"export-{dtype}"
-    script(
-        *("export.py", "--config", config, "--model", directory / "model" / "hf"),
-        *("--checkpoint", in_bf16, "--train-manifest", in_bf16.parents[1] / "manifest.json"),
-        *("--output", exported),
-    )
-    verdict = directory / f"parity-{dtype}.json"
-    script(
-        *("parity.py", "--config", config, "--crossing", "export", "--model", exported / "hf"),
-        *("--checkpoint", in_bf16, "--data", directory / "data", "--output", verdict),
-        *("--checkpoint-manifest", in_bf16.parents[1] / "manifest.json"),
-    )
-    assert read_json(verdict)["results"]["verdict"] == "passed"
+    workspace.export(f"export-{dtype}", in_bf16, BF16, dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megaqwen.training.cpu_checkpoints import drop_absent, steps_to_groups
+from megaqwen.training.cpu_checkpoints import complete_groups, drop_absent, steps_to_groups
 
 
 def extra(key: str) -> ShardedObject:
@@ -47,3 +47,13 @@ def test_steps_move_to_the_groups() -> None:
 def test_unequal_steps_are_no_state_of_megatron() -> None:
     with pytest.raises(ValueError, match=r"\[2, 3\]"):
         steps_to_groups(trained_adamw([2, 3]))
+
+
+def test_a_group_gets_the_settings_that_only_the_loading_optimizer_has() -> None:
+    saved = {"param_groups": [{"params": [0], "lr": 0.5}, {"params": [1], "lr": 0.25}]}
+    own = [{"params": ["a"], "lr": 1.0, "bias_correction": True}] * 2
+    complete_groups(saved, own)
+    assert saved["param_groups"] == [
+        {"params": [0], "lr": 0.5, "bias_correction": True},
+        {"params": [1], "lr": 0.25, "bias_correction": True},
+    ]

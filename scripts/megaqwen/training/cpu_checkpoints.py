@@ -4,13 +4,14 @@
   on a CPU do not have. Megatron refuses a checkpoint that lacks any key it asks for, so the request for
   extra states that are not there is taken back, and for nothing else. The modules then start with their
   own, as they do in the first iteration of a training.
-- torch's AdamW counts steps in each parameter's state, Transformer Engine's FusedAdam in the group's.
+- torch's AdamW counts steps in each parameter's state, Transformer Engine's FusedAdam in the group's,
+  and each has settings in its groups that the other does not know.
 - The state of a CPU's random generator is none of a GPU's: there it starts from the seed again.
 """
 
 import logging
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def steps_to_groups(state_dict: dict[str, Any]) -> None:
         (group["step"],) = steps
 
 
+def complete_groups(state_dict: dict[str, Any], own_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give each group, in place, the settings that only the optimizer that loads it has.
+
+    Args:
+        state_dict: A torch optimizer's.
+        own_groups: The param_groups of the optimizer that is to load it, in the same order.
+    """
+    for group, own in zip(state_dict["param_groups"], own_groups, strict=True):
+        for name, value in own.items():
+            group.setdefault(name, value)
+
+
 def saved_on_cpu(checkpoints: Path) -> bool:
     """Whether the last checkpoint of a training was saved over gloo, as a machine without a GPU does."""
     saved = load_common_state_dict(str(find_checkpoint(checkpoints)))
@@ -75,6 +88,7 @@ def install() -> None:
 
     def load_with_steps(self: Any, state_dict: dict[str, Any]) -> None:
         steps_to_groups(state_dict)
+        complete_groups(state_dict, self.param_groups)
         load_optimizer(self, state_dict)
 
     FusedAdam.load_state_dict = load_with_steps
