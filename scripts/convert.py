@@ -18,7 +18,7 @@ from megaqwen.console import add_workers, run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory
-from megaqwen.sources.recorded import download_manifest, recorded_digests
+from megaqwen.sources.recorded import download_manifest, recorded_files
 from megaqwen.sources.verify import verify_model_directory
 
 logger = logging.getLogger("megaqwen.convert")
@@ -44,7 +44,7 @@ def convert(arguments: argparse.Namespace) -> None:
         streamed = convert_to_megatron(
             arguments.model,
             directory,
-            digests=recorded_digests(arguments.model),
+            check=recorded_files(arguments.model, "download").check,
             workers=arguments.workers,
             terminal=arguments.terminal,
         )

@@ -19,7 +19,7 @@ from megaqwen.console import add_workers, run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json, write_json
-from megaqwen.sources.recorded import download_manifest
+from megaqwen.sources.recorded import download_manifest, recorded_files
 
 logger = logging.getLogger("megaqwen.export")
 
@@ -63,6 +63,7 @@ def export(arguments: argparse.Namespace) -> None:
             iteration=arguments.iteration,
             dtype=getattr(torch, dtype) if dtype else None,
             max_shard_bytes=int(config.export.max_shard_gigabytes * 1e9),
+            check=recorded_files(arguments.checkpoint, "convert").check,
             workers=arguments.workers,
             terminal=arguments.terminal,
         )

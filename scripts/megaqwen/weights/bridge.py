@@ -1,9 +1,8 @@
 """The two directions, each a stream over the same plan of transfers."""
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +18,9 @@ from megaqwen.architecture import (
     read_architecture,
     tensor_shapes,
 )
-from megaqwen.errors import InputError
-from megaqwen.provenance import sha256_file
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
-from megaqwen.weights.reading import MegatronWeights, find_checkpoint
+from megaqwen.weights.reading import MegatronWeights, anything, find_checkpoint
 from megaqwen.weights.safetensors_files import Entry, plan_files, write_file, write_index
 from megaqwen.weights.workers import (
     LEAST_MEMORY,
@@ -73,7 +70,7 @@ def convert_to_megatron(
     model: Path,
     directory: Path,
     *,
-    digests: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] = anything,
     workers: int | None = None,
     terminal: TextIO | None = None,
 ) -> Streamed:
@@ -82,8 +79,7 @@ def convert_to_megatron(
     Args:
         model: The Hugging Face directory.
         directory: An existing, empty directory: what Megatron's --pretrained-checkpoint takes.
-        digests: SHA-256 by name of files in `model`, as far as they are known: those with weights
-            are checked.
+        check: Called with each file of weights before it is read, see `RecordedFiles`.
         workers: Threads; None for as many as there are cores, up to 8.
         terminal: Where to say how far it is.
 
@@ -101,34 +97,10 @@ def convert_to_megatron(
         megatron_options(weights.config),
         workers=workers or usual_workers(),
         terminal=terminal,
-        before=FileCheck(weights, digests or {}),
+        before=lambda name: check(weights.entries[name][0]),
     )
     shapes = tensor_shapes(read_architecture(weights.config))
     return streamed(shapes, weights.dtypes, written, started, files)
-
-
-class FileCheck:
-    """Compares each file of a model with its SHA-256, when the first of its tensors is to be read."""
-
-    def __init__(self, weights: HuggingFaceWeights, digests: Mapping[str, str]):
-        """Check `weights` against the digests, by file name."""
-        self.weights = weights
-        self.digests = {weights.directory / name: digest for name, digest in digests.items()}
-        self.locks = {path: threading.Lock() for path in self.digests}
-        self.checked: set[Path] = set()
-
-    def __call__(self, name: str) -> None:
-        """Check the file of a tensor; InputError where it is damaged."""
-        path = self.weights.entries[name][0]
-        if path in self.checked or path not in self.digests:
-            return
-        with self.locks[path]:
-            if path not in self.checked and sha256_file(path) != self.digests[path]:
-                raise InputError(
-                    f"{path} is damaged: its SHA-256 is not the one that download recorded;"
-                    " remove it and run download again"
-                )
-            self.checked.add(path)
 
 
 def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:
@@ -140,11 +112,14 @@ def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:
 
 
 def checked_checkpoint(
-    checkpoint: Path, qwen: Architecture, iteration: int | None
+    checkpoint: Path,
+    qwen: Architecture,
+    iteration: int | None,
+    check: Callable[[Path], None] = anything,
 ) -> tuple[MegatronWeights, list[Transfer]]:
     """A checkpoint's weights, found to be of this model, and the plan of their transfers."""
     transfers = plan_transfers(qwen)
-    saved = MegatronWeights(find_checkpoint(checkpoint, iteration))
+    saved = MegatronWeights(find_checkpoint(checkpoint, iteration), check)
     saved.check(transfers)
     return saved, transfers
 
@@ -184,6 +159,7 @@ def export_to_huggingface(
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int,
+    check: Callable[[Path], None] = anything,
     workers: int | None = None,
     terminal: TextIO | None = None,
 ) -> Streamed:
@@ -196,6 +172,7 @@ def export_to_huggingface(
         iteration: Which checkpoint; None for the latest.
         dtype: Of all tensors; None keeps the dtype that each has in `model`.
         max_shard_bytes: Largest file; a larger tensor gets a file of its own.
+        check: Called with each file of the checkpoint before it is read, see `RecordedFiles`.
         workers: Threads, each of which writes one file at a time; None for as many as there are
             cores, up to 8.
         terminal: Where to say how far it is.
@@ -206,7 +183,7 @@ def export_to_huggingface(
     started = time.monotonic()
     source = HuggingFaceWeights(model)
     qwen = read_architecture(source.config)
-    saved, transfers = checked_checkpoint(checkpoint, qwen, iteration)
+    saved, transfers = checked_checkpoint(checkpoint, qwen, iteration, check)
     shapes = tensor_shapes(qwen)
     dtypes = {name: dtype or source.dtypes[name] for name in shapes}
     files = plan_files(shapes, dtypes, max_shard_bytes)
