@@ -1,10 +1,10 @@
 """Time and memory of the bridge at real shapes, beside `cp -r` of the same bytes.
 
-    uv run python tests/benchmarks/bridge.py 0.5B 1.5B 7B moe --directory /tmp/bridge --pairs 2
+    uv run python tests/benchmarks/bridge.py 0.5B 1.5B 7B moe --directory DIRECTORY --drop-caches
 
 Makes each model with random weights, then measures convert and export in turn with copies of what they
-read. As root the page cache is dropped before each; otherwise it stays as it is. A 7B takes 61 GB of
-disk.
+read. Convert also compares the model's files with their SHA-256, as after a download. With --drop-caches,
+which only root may say, each finds nothing of its input in memory. A 7B takes 61 GB of disk.
 """
 
 import argparse
@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from megaqwen.architecture import read_architecture, tensor_shapes  # noqa: E402
+from megaqwen.provenance import write_json  # noqa: E402
+from megaqwen.sources.recorded import recorded_files  # noqa: E402
 from megaqwen.weights import convert_to_megatron, export_to_huggingface  # noqa: E402
 from megaqwen.weights.safetensors_files import plan_files, write_file, write_index  # noqa: E402
 
@@ -90,10 +92,14 @@ def make_model(shape: str, directory: Path) -> None:
             count = torch.Size(shapes[name]).numel()
             yield name, noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
 
-    for name, entries in files.items():
-        write_file(directory / name, entries, weights(list(entries)))
+    described = {
+        name: write_file(directory / name, entries, weights(list(entries)))
+        for name, entries in files.items()
+    }
     if len(files) > 1:
         write_index(directory, files)
+    manifest = {"stage": "download", "results": {"files": described}}
+    write_json(directory.parent / "manifest.json", manifest)
 
 
 def largest_tensor(shape: str) -> float:
@@ -104,19 +110,19 @@ def largest_tensor(shape: str) -> float:
     return max(fused, *sizes.values()) / 2**30
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds that a command takes with nothing in the page cache, and what it prints."""
+def timed(command: list[str], drop_caches: bool) -> tuple[float, str]:
+    """Seconds that a command takes, and what it prints."""
     os.sync()
-    if os.geteuid() == 0:
+    if drop_caches:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     start = time.monotonic()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return time.monotonic() - start, done.stdout
 
 
-def copied(place: Path, source: str) -> tuple[float, int]:
+def copied(place: Path, source: str, drop_caches: bool) -> tuple[float, int]:
     """Seconds that `cp -r` takes, and the bytes of its files."""
-    seconds, _ = timed(["cp", "-r", str(place / source), str(place / "copy")])
+    seconds, _ = timed(["cp", "-r", str(place / source), str(place / "copy")], drop_caches)
     size = sum(path.stat().st_size for path in (place / "copy").rglob("*") if path.is_file())
     shutil.rmtree(place / "copy")
     return seconds, size
@@ -129,7 +135,8 @@ def stage(direction: str, place: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     if direction == "convert":
-        convert_to_megatron(place / "hf", target)
+        check = recorded_files(place / "hf", "download").check
+        convert_to_megatron(place / "hf", target, check=check)
     else:
         megatron = place / "megatron"
         export_to_huggingface(place / "hf", megatron, target, max_shard_bytes=SHARD_BYTES)
@@ -137,7 +144,7 @@ def stage(direction: str, place: Path) -> None:
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def measure(shape: str, directory: Path, pairs: int) -> None:
+def measure(shape: str, directory: Path, pairs: int, drop_caches: bool) -> None:
     """Print a line for each direction of each pair."""
     place = directory / shape
     shutil.rmtree(place, ignore_errors=True)
@@ -147,10 +154,10 @@ def measure(shape: str, directory: Path, pairs: int) -> None:
         for direction, source in (("convert", "hf"), ("export", "megatron")):
             command = [sys.executable, __file__, "--stage", direction, "--directory", str(place)]
             if pair % 2:  # whoever comes second may find more in the host's cache
-                copying, size = copied(place, source)
-            seconds, peak = map(float, timed(command)[1].split()[-2:])
+                copying, size = copied(place, source, drop_caches)
+            seconds, peak = map(float, timed(command, drop_caches)[1].split()[-2:])
             if not pair % 2:
-                copying, size = copied(place, source)
+                copying, size = copied(place, source, drop_caches)
             print(
                 f"{shape:5} {direction:8} {size / 1e9:6.2f} GB {seconds:6.1f} s"
                 f" {size / seconds / 1e9:5.2f} GB/s, cp -r {copying:5.1f} s:"
@@ -168,12 +175,13 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", choices=list(SHAPES), help="which models")
     parser.add_argument("--directory", type=Path, required=True, help="a disk with room")
     parser.add_argument("--pairs", type=int, default=2, help="repetitions (default: 2)")
+    parser.add_argument("--drop-caches", action="store_true", help="empty the page cache (root)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
         stage(arguments.stage, arguments.directory)
     for shape in arguments.shapes:
-        measure(shape, arguments.directory, arguments.pairs)
+        measure(shape, arguments.directory, arguments.pairs, arguments.drop_caches)
 
 
 if __name__ == "__main__":
