@@ -15,10 +15,11 @@ from pathlib import Path
 from megaqwen.architecture import megatron_options
 from megaqwen.config import load_config
 from megaqwen.console import add_workers, run_command, stage_parser
+from megaqwen.environment import use_huge_pages
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory
-from megaqwen.sources.recorded import download_manifest, recorded_files
+from megaqwen.sources.recorded import download_manifest, recorded_checks
 from megaqwen.sources.verify import verify_model_directory
 
 logger = logging.getLogger("megaqwen.convert")
@@ -32,6 +33,7 @@ def convert(arguments: argparse.Namespace) -> None:
         raise InputError("say where to write: --output DIRECTORY, or --dry-run")
     verify_model_directory(arguments.model)
 
+    use_huge_pages()
     from megaqwen.weights import convert_to_megatron
     from megaqwen.weights.bridge import checked_model
 
@@ -44,7 +46,7 @@ def convert(arguments: argparse.Namespace) -> None:
         streamed = convert_to_megatron(
             arguments.model,
             directory,
-            check=recorded_files(arguments.model, "download").check,
+            checks=recorded_checks(arguments.model, "download"),
             workers=arguments.workers,
             terminal=arguments.terminal,
         )

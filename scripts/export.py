@@ -16,10 +16,11 @@ from pathlib import Path
 
 from megaqwen.config import load_config
 from megaqwen.console import add_workers, run_command, stage_parser
+from megaqwen.environment import use_huge_pages
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, describe_files, new_directory, read_json, write_json
-from megaqwen.sources.recorded import download_manifest, recorded_files
+from megaqwen.sources.recorded import download_manifest, recorded_checks
 
 logger = logging.getLogger("megaqwen.export")
 
@@ -44,6 +45,7 @@ def export(arguments: argparse.Namespace) -> None:
     if not arguments.output and not arguments.dry_run:
         raise InputError("say where to write: --output DIRECTORY, or --dry-run")
 
+    use_huge_pages()
     import torch
 
     from megaqwen.weights import export_to_huggingface, find_checkpoint
@@ -63,7 +65,7 @@ def export(arguments: argparse.Namespace) -> None:
             iteration=arguments.iteration,
             dtype=getattr(torch, dtype) if dtype else None,
             max_shard_bytes=int(config.export.max_shard_gigabytes * 1e9),
-            check=recorded_files(arguments.checkpoint, "convert").check,
+            checks=recorded_checks(arguments.checkpoint, "convert"),
             workers=arguments.workers,
             terminal=arguments.terminal,
         )

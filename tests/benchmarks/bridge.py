@@ -19,15 +19,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from megaqwen.environment import use_huge_pages  # noqa: E402
+
+use_huge_pages()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 from megaqwen.architecture import read_architecture, tensor_shapes  # noqa: E402
 from megaqwen.provenance import write_json  # noqa: E402
-from megaqwen.sources.recorded import recorded_files  # noqa: E402
+from megaqwen.sources.recorded import recorded_checks  # noqa: E402
 from megaqwen.weights import convert_to_megatron, export_to_huggingface  # noqa: E402
 from megaqwen.weights.safetensors_files import plan_files, write_file, write_index  # noqa: E402
 
@@ -135,8 +139,8 @@ def stage(direction: str, place: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     if direction == "convert":
-        check = recorded_files(place / "hf", "download").check
-        convert_to_megatron(place / "hf", target, check=check)
+        checks = recorded_checks(place / "hf", "download")
+        convert_to_megatron(place / "hf", target, checks=checks)
     else:
         megatron = place / "megatron"
         export_to_huggingface(place / "hf", megatron, target, max_shard_bytes=SHARD_BYTES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from commands import options, run_script, write_config
 from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
-from megaqwen.sources.recorded import download_manifest, recorded_files
+from megaqwen.sources.recorded import download_manifest, recorded_checks
 from megaqwen.weights import convert_to_megatron, read_hf_tensors
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.saved_tensors import find_bytes, read_saved_tensor
@@ -140,10 +140,10 @@ def test_what_is_larger_than_one_read(saved: Tensor, tmp_path: Path) -> None:
 def test_another_programs_manifest_is_none_of_ours(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     assert download_manifest(tmp_path / "hf") == {}
-    assert recorded_files(tmp_path / "hf", "download").digests == {}
+    assert recorded_checks(tmp_path / "hf", "download") == []
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"stage": "download"}')
     with pytest.raises(InputError, match=r"manifest\.json is damaged: run download again"):
-        recorded_files(tmp_path / "hf", "download")
+        recorded_checks(tmp_path / "hf", "download")

@@ -138,6 +138,28 @@ def test_the_first_error_ends_the_work() -> None:
     assert len(begun) < 50
 
 
+def test_what_runs_beside_is_spread_and_can_fail() -> None:
+    """All of it runs, however many tasks there are, and the tasks keep their results."""
+    begun: list[str] = []
+    for tasks, others in ((6, 3), (3, 6), (1, 0)):
+        begun.clear()
+        results = run_all(
+            [lambda number=number: begun.append("task") or number for number in range(tasks)],
+            workers=1,
+            beside=[lambda: begun.append("beside")] * others,
+        )
+        assert results == list(range(tasks))
+        assert (begun.count("task"), begun.count("beside")) == (tasks, others)
+        if others == 3:
+            assert begun == ["beside", "task", "task"] * 3
+    with pytest.raises(InputError, match="damaged"):
+        run_all([int] * 3, workers=2, beside=[lambda: fail("damaged")])
+
+
+def fail(message: str) -> None:
+    raise InputError(message)
+
+
 def test_progress_says_what_is_left() -> None:
     progress = Progress(4 * 10**9, None)
     progress.started -= 2

@@ -4,8 +4,8 @@ Nothing is recorded of a directory that a person gives to a command by hand, and
 training's checkpoints: theirs have a CRC-32 in each tensor.
 """
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megaqwen.errors import InputError
@@ -28,37 +28,8 @@ def download_manifest(model: Path) -> dict[str, Path]:
     return {"model": manifest} if manifest else {}
 
 
-class RecordedFiles:
-    """The files of a directory whose SHA-256 is known: each is read once, when it is asked for."""
-
-    def __init__(self, directory: Path, digests: Mapping[str, str], stage: str):
-        """Know these files.
-
-        Args:
-            directory: Where they lie.
-            digests: SHA-256 by path below the directory.
-            stage: What left them there, and would again.
-        """
-        self.digests = {directory / name: digest for name, digest in digests.items()}
-        self.locks = {path: threading.Lock() for path in self.digests}
-        self.checked: set[Path] = set()
-        self.stage = stage
-
-    def check(self, path: Path) -> None:
-        """InputError where a file is not what was recorded; nothing where nothing was."""
-        if path in self.checked or path not in self.digests:
-            return
-        with self.locks[path]:
-            if path not in self.checked and sha256_file(path) != self.digests[path]:
-                raise InputError(
-                    f"{path} is damaged: its SHA-256 is not the one that {self.stage} recorded;"
-                    f" remove it and run {self.stage} again"
-                )
-            self.checked.add(path)
-
-
-def recorded_files(directory: Path, stage: str) -> RecordedFiles:
-    """The files of a stage's directory, as far as they were digested.
+def recorded_digests(directory: Path, stage: str) -> dict[Path, str]:
+    """SHA-256 of the files of a stage's directory, as far as they were digested.
 
     Raises:
         InputError: The manifest is damaged.
@@ -66,7 +37,23 @@ def recorded_files(directory: Path, stage: str) -> RecordedFiles:
     manifest = stage_manifest(directory, stage)
     try:
         files = read_json(manifest)["results"]["files"] if manifest else {}
-        digests = {name: of["sha256"] for name, of in files.items() if "sha256" in of}
+        return {directory / name: of["sha256"] for name, of in files.items() if "sha256" in of}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{manifest} is damaged: run {stage} again") from error
-    return RecordedFiles(directory, digests, stage)
+
+
+def check_digest(path: Path, digest: str, stage: str) -> None:
+    """InputError unless a file is there and is what a stage recorded."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which {stage} recorded; run {stage} again")
+    if sha256_file(path) != digest:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is not the one that {stage} recorded;"
+            f" remove it and run {stage} again"
+        )
+
+
+def recorded_checks(directory: Path, stage: str) -> list[Callable[[], None]]:
+    """`check_digest` of each digested file of a stage's directory, ready to be called."""
+    digests = recorded_digests(directory, stage)
+    return [partial(check_digest, path, digest, stage) for path, digest in digests.items()]

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from megaqwen.architecture import (
 )
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
-from megaqwen.weights.reading import MegatronWeights, anything, find_checkpoint
+from megaqwen.weights.reading import MegatronWeights, find_checkpoint
 from megaqwen.weights.safetensors_files import Entry, plan_files, write_file, write_index
 from megaqwen.weights.workers import (
     LEAST_MEMORY,
@@ -31,6 +31,8 @@ from megaqwen.weights.workers import (
     usual_workers,
 )
 from megaqwen.weights.writing import write_checkpoint
+
+FLUSH_BYTES = 500 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def convert_to_megatron(
     model: Path,
     directory: Path,
     *,
-    check: Callable[[Path], None] = anything,
+    checks: Sequence[Callable[[], None]] = (),
     workers: int | None = None,
     terminal: TextIO | None = None,
 ) -> Streamed:
@@ -79,7 +81,7 @@ def convert_to_megatron(
     Args:
         model: The Hugging Face directory.
         directory: An existing, empty directory: what Megatron's --pretrained-checkpoint takes.
-        check: Called with each file of weights before it is read, see `RecordedFiles`.
+        checks: Done by the workers beside the conversion, which fails with the first that does.
         workers: Threads; None for as many as there are cores, up to 8.
         terminal: Where to say how far it is.
 
@@ -97,7 +99,7 @@ def convert_to_megatron(
         megatron_options(weights.config),
         workers=workers or usual_workers(),
         terminal=terminal,
-        before=lambda name: check(weights.entries[name][0]),
+        checks=checks,
     )
     shapes = tensor_shapes(read_architecture(weights.config))
     return streamed(shapes, weights.dtypes, written, started, files)
@@ -115,11 +117,10 @@ def checked_checkpoint(
     checkpoint: Path,
     qwen: Architecture,
     iteration: int | None,
-    check: Callable[[Path], None] = anything,
 ) -> tuple[MegatronWeights, list[Transfer]]:
     """A checkpoint's weights, found to be of this model, and the plan of their transfers."""
     transfers = plan_transfers(qwen)
-    saved = MegatronWeights(find_checkpoint(checkpoint, iteration), check)
+    saved = MegatronWeights(find_checkpoint(checkpoint, iteration))
     saved.check(transfers)
     return saved, transfers
 
@@ -159,7 +160,7 @@ def export_to_huggingface(
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int,
-    check: Callable[[Path], None] = anything,
+    checks: Sequence[Callable[[], None]] = (),
     workers: int | None = None,
     terminal: TextIO | None = None,
 ) -> Streamed:
@@ -172,7 +173,7 @@ def export_to_huggingface(
         iteration: Which checkpoint; None for the latest.
         dtype: Of all tensors; None keeps the dtype that each has in `model`.
         max_shard_bytes: Largest file; a larger tensor gets a file of its own.
-        check: Called with each file of the checkpoint before it is read, see `RecordedFiles`.
+        checks: Done by the workers beside the export, which fails with the first that does.
         workers: Threads, each of which writes one file at a time; None for as many as there are
             cores, up to 8.
         terminal: Where to say how far it is.
@@ -183,7 +184,7 @@ def export_to_huggingface(
     started = time.monotonic()
     source = HuggingFaceWeights(model)
     qwen = read_architecture(source.config)
-    saved, transfers = checked_checkpoint(checkpoint, qwen, iteration, check)
+    saved, transfers = checked_checkpoint(checkpoint, qwen, iteration)
     shapes = tensor_shapes(qwen)
     dtypes = {name: dtype or source.dtypes[name] for name in shapes}
     files = plan_files(shapes, dtypes, max_shard_bytes)
@@ -202,14 +203,25 @@ def export_to_huggingface(
                         yield name, tensor.to(dtypes[name])
 
     def task(file: str) -> dict[str, Any]:
+        since_flush = 0
+
+        def wrote(size: int) -> None:
+            nonlocal since_flush
+            since_flush += size
+            if since_flush > FLUSH_BYTES:  # a large file's end should not wait for all of it
+                flusher.add(directory / file)
+                since_flush = 0
+            progress.add(size)
+
         # Closed, so that a file that cannot be written gives back the memory others wait for.
         with closing(tensors(files[file])) as stream:
-            facts = write_file(directory / file, files[file], stream, progress.add)
+            facts = write_file(directory / file, files[file], stream, wrote)
         flusher.add(directory / file)
         return facts
 
     with Progress(total, terminal) as progress, Flusher() as flusher:
-        described = run_all([partial(task, file) for file in files], workers or usual_workers())
+        tasks = [partial(task, file) for file in files]
+        described = run_all(tasks, workers or usual_workers(), beside=checks)
     if len(files) > 1:
         write_index(directory, files)
     known = {directory / file: facts for file, facts in zip(files, described, strict=True)}

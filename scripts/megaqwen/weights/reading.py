@@ -5,7 +5,6 @@ lies where, and the chunks that a tensor needs are put together. Optimizer state
 """
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -56,22 +55,16 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def anything(path: Path) -> None:
-    """The check that every file passes."""
-
-
 class MegatronWeights:
     """The model's tensors in one saved checkpoint."""
 
-    def __init__(self, checkpoint: Path, check: Callable[[Path], None] = anything):
+    def __init__(self, checkpoint: Path):
         """Read the checkpoint's table of contents.
 
         Args:
             checkpoint: An iteration's directory, see `find_checkpoint`.
-            check: Called with each file before it is read; raises InputError for a damaged one.
         """
         self.checkpoint = checkpoint
-        self.check_file = check
         self.reader = FileSystemReader(checkpoint)
         try:
             metadata = self.reader.read_metadata()
@@ -167,7 +160,6 @@ class MegatronWeights:
         direct = item.lengths == chunk.sizes and part.is_contiguous()
         target = part if direct else torch.empty(chunk.sizes, dtype=destination.dtype)
         file = self.checkpoint / place.relative_path
-        self.check_file(file)
         try:
             with open(file, "rb", buffering=0) as stream:
                 found = read_saved_tensor(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megaqwen.words import duration, readable_bytes
 
@@ -23,8 +23,17 @@ def usual_workers() -> int:
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def run_all[Result](tasks: Sequence[Callable[[], Result]], workers: int) -> list[Result]:
+def run_all[Result](
+    tasks: Sequence[Callable[[], Result]],
+    workers: int,
+    beside: Sequence[Callable[[], None]] = (),
+) -> list[Result]:
     """Run tasks in threads, which torch, files and digests leave to each other.
+
+    Args:
+        tasks: Begun in this order.
+        workers: How many run at once.
+        beside: Further tasks without a result, spread evenly among the others.
 
     Returns:
         The results, in the order of the tasks.
@@ -33,9 +42,14 @@ def run_all[Result](tasks: Sequence[Callable[[], Result]], workers: int) -> list
         What a task raised first; tasks that had not begun by then are left out.
     """
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(task) for task in tasks]
+        futures, others = [], list[Future[None]]()
+        for number, task in enumerate(tasks):
+            while len(others) * len(tasks) < (number + 1) * len(beside):
+                others.append(pool.submit(beside[len(others)]))
+            futures.append(pool.submit(task))
+        waited: list[Future[Any]] = [*futures, *others]
         try:
-            for future in as_completed(futures):
+            for future in as_completed(waited):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -44,7 +58,7 @@ def run_all[Result](tasks: Sequence[Callable[[], Result]], workers: int) -> list
 
 
 class Flusher:
-    """Brings finished files to the disk while the workers go on; at the block's end all are there."""
+    """Brings files to the disk while the workers go on; at the block's end all are there."""
 
     def __init__(self) -> None:
         """Take a few files at once."""
@@ -56,7 +70,7 @@ class Flusher:
         return self
 
     def add(self, path: Path) -> None:
-        """Take a file that is written."""
+        """Take a file that is written, or as much of it as is."""
         self.flushed.append(self.pool.submit(flush, path))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

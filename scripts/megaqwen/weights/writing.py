@@ -8,7 +8,7 @@ entries for FP8 state.
 
 import io
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,6 @@ class Item:
     """Of the tensor; 0 for what is none."""
     memory: int = 0
     """Bytes that making it takes, its own included."""
-    huggingface: tuple[str, ...] = ()
-    """What it is made of."""
 
 
 def write_checkpoint(
@@ -79,7 +77,7 @@ def write_checkpoint(
     *,
     workers: int = 1,
     terminal: TextIO | None = None,
-    before: Callable[[str], None] = lambda name: None,
+    checks: Sequence[Callable[[], None]] = (),
 ) -> tuple[int, dict[Path, dict[str, Any]]]:
     """Write all transfers as a release checkpoint.
 
@@ -91,7 +89,7 @@ def write_checkpoint(
         options: The model in Megatron's options, kept in the checkpoint where training keeps them.
         workers: Threads, each of which writes one file at a time.
         terminal: Where to say how far it is.
-        before: Called with each Hugging Face name before the file that it goes to is begun.
+        checks: Done by the workers beside the files.
 
     Returns:
         Bytes of the tensors that were written, and bytes and SHA-256 of their files.
@@ -114,9 +112,6 @@ def write_checkpoint(
     budget = MemoryBudget(max(LEAST_MEMORY, *(item.memory for items in contents for item in items)))
 
     def task(path: Path) -> tuple[list[WriteResult], dict[str, Any]]:
-        for item in files[path]:
-            for name in item.huggingface:
-                before(name)
         written = write_file(path, files[path], budget, progress.add)
         flusher.add(path)
         return written
@@ -125,7 +120,7 @@ def write_checkpoint(
     torch.serialization.set_crc32_options(False)  # it takes longer than the SHA-256 that we keep
     try:
         with Progress(total, terminal) as progress, Flusher() as flusher:
-            written = run_all([partial(task, path) for path in files], workers)
+            written = run_all([partial(task, path) for path in files], workers, beside=checks)
     finally:
         torch.serialization.set_crc32_options(checksums)
     plans = [SavePlan([item.write_item for item in items]) for items in contents]
@@ -226,7 +221,6 @@ def tensor_item(
         make=make,
         bytes=size,
         memory=size if len(transfer.huggingface) == 1 else 2 * size,
-        huggingface=transfer.huggingface,
     )
 
 
