@@ -9,8 +9,9 @@ which only root may say, each finds nothing of its input in memory. A 7B takes 6
 
 import argparse
 import json
+import math
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,9 @@ def stage(direction: str, place: Path) -> None:
         megatron = place / "megatron"
         export_to_huggingface(place / "hf", megatron, target, max_shard_bytes=SHARD_BYTES)
     seconds = time.monotonic() - start
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    # Not getrusage's: that one begins with the parent's.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(seconds, int(peak[1]) / 2**20 if peak else math.nan)
 
 
 def measure(shape: str, directory: Path, pairs: int, drop_caches: bool) -> None:
