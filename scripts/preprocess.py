@@ -39,12 +39,14 @@ def preprocess(arguments: argparse.Namespace) -> None:
 
     tokenizer = DocumentTokenizer(arguments.model)
     with new_directory(arguments.output) as directory:
-        corpora = {
+        made = {
             corpus.name: tokenize_corpus(corpus, tokenizer, directory)
             for corpus in config.data.corpora
         }
+        corpora = {name: card for name, (card, _) in made.items()}
+        known = {path: facts for _, files in made.values() for path, facts in files.items()}
         card = {"tokenizer": tokenizer.describe(), "corpora": corpora}
-        files = describe_files(directory)
+        files = describe_files(directory, known)
         write_json(directory / "card.json", card)
         record.write(
             directory / "manifest.json",

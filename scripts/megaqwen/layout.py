@@ -18,7 +18,7 @@ from megaqwen.provenance import digest
 RECIPE = {
     "download": 1,
     "convert": 2,
-    "preprocess": 1,
+    "preprocess": 2,
     "gate": 1,
     "parity": 2,
     "train": 1,
@@ -43,6 +43,7 @@ class Layout:
         config = self.config.model_dump(mode="json")
         data = config["data"]
         weights = {corpus["name"]: corpus.pop("weight") for corpus in data["corpora"]}
+        data.pop("shards")
         match stage:
             case "download":
                 fields = {"model": config["model"]}

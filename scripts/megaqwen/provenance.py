@@ -31,6 +31,7 @@ RECORDED_PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
+    "gigatoken",
     "huggingface_hub",
     "safetensors",
     "numpy",

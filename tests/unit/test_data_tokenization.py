@@ -2,24 +2,27 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import (
+    DType,
+    IndexedDataset,
+    IndexedDatasetBuilder,
+)
 from transformers import AutoTokenizer
 
 from megaqwen.config.sections import FilesCorpus
-from megaqwen.data import tokenize_corpus as stage
+from megaqwen.data import streams
 from megaqwen.data.splits import check_shares, heldout_documents, split_documents
 from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.tokenize_corpus import tokenize_corpus
-from megaqwen.data.writing import DocumentWriter
 from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_config
@@ -52,32 +55,52 @@ def documents(prefix: Path) -> list[list[int]]:
 # What is on disk
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(2560, "uint16"), (151_936, "int32")])
-def test_the_files_are_megatrons_own_to_the_byte(
-    tmp_path: Path, plain: Any, vocabulary: int, dtype: str
-) -> None:
-    ids = [plain.encode(text) for text in TEXTS if text.strip()]
-    ids = [[*document, plain.convert_tokens_to_ids(END)] for document in ids]
-    with DocumentWriter(tmp_path / "ours", vocabulary) as writer:
-        for document in ids:
-            writer.add(numpy.array(document, numpy.int32))
-    assert writer.dtype.__name__ == dtype
-
-    # As Megatron's tools/preprocess_data.py does it.
-    builder = IndexedDatasetBuilder(f"{tmp_path}/theirs.bin", dtype=numpy.dtype(dtype).type)
+def build_with_megatron(prefix: Path, ids: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """As Megatron's tools/preprocess_data.py does it."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocabulary))
     for document in ids:
         builder.add_document(document, [len(document)])
-    builder.finalize(f"{tmp_path}/theirs.idx")
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [(2560, "uint16"), (65_499, "uint16"), (65_500, "int32"), (151_936, "int32")],
+)
+def test_the_files_are_megatrons_own_to_the_byte(
+    tmp_path: Path, tiny_qwen3: Path, plain: Any, vocabulary: int, dtype: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen3, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
+    card, known = tokenize_corpus(
+        corpus(tmp_path / "ours.jsonl", TEXTS * 3), DocumentTokenizer(model), tmp_path
+    )
+    assert card["dtype"] == dtype
+
+    texts = [text for text in TEXTS * 3 if text.strip()]
+    ids = [plain.encode(text) for text in texts if "<|" not in text]
+    found = documents(tmp_path / "ours")
+    end = plain.convert_tokens_to_ids(END)
+    markup = [document for document, text in zip(found, texts, strict=True) if "<|" in text]
+    assert [document for document in found if document not in markup] == [
+        [*row, end] for row in ids
+    ]
+    build_with_megatron(tmp_path / "theirs", found, vocabulary)
     for suffix in ("bin", "idx"):
         ours, theirs = (tmp_path / f"{name}.{suffix}" for name in ("ours", "theirs"))
         assert ours.read_bytes() == theirs.read_bytes()
-    assert documents(tmp_path / "ours") == ids
+        facts = {"bytes": ours.stat().st_size, "sha256": sha256_file(ours)}
+        assert known[ours] == facts
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("ours")}
+    assert left == {"ours.jsonl", "ours.bin", "ours.idx"}
 
 
 def test_documents_are_the_models_ids_in_their_order_and_ended(
     tmp_path: Path, tokenizer: DocumentTokenizer, plain: Any
 ) -> None:
-    card = tokenize_corpus(corpus(tmp_path / "notes.jsonl", TEXTS), tokenizer, tmp_path)
+    card, _ = tokenize_corpus(corpus(tmp_path / "notes.jsonl", TEXTS), tokenizer, tmp_path)
     end = plain.convert_tokens_to_ids(END)
     found = documents(tmp_path / "notes")
     expected = [text for text in TEXTS if text.strip()]
@@ -110,19 +133,18 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path, tokenizer: DocumentTok
         tokenize_corpus(empty, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("limits", [(1, 2**22), (3, 2**22), (1024, 20)])
+@pytest.mark.parametrize("block", [1, 60, 500])
 def test_the_batches_do_not_show(
     tmp_path: Path,
     tokenizer: DocumentTokenizer,
     monkeypatch: pytest.MonkeyPatch,
-    limits: tuple[int, int],
+    block: int,
 ) -> None:
     notes = corpus(tmp_path / "notes.jsonl", TEXTS * 5)
     (tmp_path / "other").mkdir()
-    card = tokenize_corpus(notes, tokenizer, tmp_path)
-    monkeypatch.setattr(stage, "BATCH_DOCUMENTS", limits[0])
-    monkeypatch.setattr(stage, "BATCH_CHARACTERS", limits[1])
-    assert tokenize_corpus(notes, tokenizer, tmp_path / "other") == card
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
+    monkeypatch.setattr(streams, "BLOCK", block)
+    assert tokenize_corpus(notes, tokenizer, tmp_path / "other")[0] == card
     for name in ("notes.bin", "notes.idx"):
         assert sha256_file(tmp_path / name) == sha256_file(tmp_path / "other" / name)
 
@@ -130,8 +152,8 @@ def test_the_batches_do_not_show(
 def test_weights_are_no_part_of_the_data(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     path, other = tmp_path / "notes.jsonl", tmp_path / "other"
     other.mkdir()
-    card = tokenize_corpus(corpus(path, TEXTS, weight=1.0), tokenizer, tmp_path)
-    assert tokenize_corpus(corpus(path, TEXTS, weight=7.5), tokenizer, other) == card
+    card, _ = tokenize_corpus(corpus(path, TEXTS, weight=1.0), tokenizer, tmp_path)
+    assert tokenize_corpus(corpus(path, TEXTS, weight=7.5), tokenizer, other)[0] == card
     assert sha256_file(tmp_path / "notes.bin") == sha256_file(other / "notes.bin")
 
 
@@ -140,7 +162,7 @@ def test_weights_are_no_part_of_the_data(tmp_path: Path, tokenizer: DocumentToke
 
 def test_the_card_counts_what_is_on_disk(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     notes = corpus(tmp_path / "notes.jsonl", TEXTS)
-    card = tokenize_corpus(notes, tokenizer, tmp_path)
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
     found = documents(tmp_path / "notes")
     texts = [text for text in TEXTS if text.strip()]
     lengths = sorted(map(len, found))
@@ -151,6 +173,9 @@ def test_the_card_counts_what_is_on_disk(tmp_path: Path, tokenizer: DocumentToke
     assert card == {
         "documents": len(texts),
         "empty_documents_skipped": 2,
+        "short_documents_skipped": 0,
+        "bad_documents_skipped": 0,
+        "duplicate_documents_skipped": 0,
         "characters": sum(map(len, texts)),
         "bytes": size,
         "tokens": tokens,
@@ -158,8 +183,17 @@ def test_the_card_counts_what_is_on_disk(tmp_path: Path, tokenizer: DocumentToke
         "distinct_tokens": len(counts),
         "median_document_tokens": lengths[2],
         "longest_document_tokens": lengths[-1],
+        "length_histogram": [
+            {
+                "from": 2**bit,
+                "below": 2 ** (bit + 1),
+                "documents": sum(2**bit <= length < 2 ** (bit + 1) for length in lengths),
+            }
+            for bit in range(lengths[0].bit_length() - 1, lengths[-1].bit_length())
+        ],
         "unigram_entropy": pytest.approx(entropy, abs=1e-12),
         "dtype": "uint16",
+        "engine": {"name": "gigatoken", "reason": None},
         "sample": f"{TEXTS[0]}{END}",
         "sources": [
             {

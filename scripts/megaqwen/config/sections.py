@@ -61,6 +61,10 @@ class BuiltinCorpus(Section):
     """The corpus's name in manifests and reports."""
     weight: float = Field(default=1.0, gt=0)
     """Share of training samples, relative to the other corpora's weights."""
+    min_characters: int = Field(default=0, ge=0)
+    """Shorter documents are left out and counted; 0 keeps all that have any text."""
+    deduplicate: bool = False
+    """true leaves out a document whose text an earlier one of the corpus has to the byte."""
 
 
 class FilesCorpus(Section):
@@ -70,13 +74,19 @@ class FilesCorpus(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The corpus's name in manifests and reports."""
     files: list[str] = Field(min_length=1)
-    """Paths and glob patterns, relative to the working directory."""
-    format: Literal["auto", "jsonl", "text", "parquet"] = "auto"
-    """auto goes by the name: .jsonl, .json, .txt, .parquet; .gz and .zst are unpacked."""
+    """Paths and glob patterns, relative to the working directory; a folder that datasets saved."""
+    format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
+    """auto goes by the name: .jsonl, .json, .txt, .parquet, .arrow; .gz, .zst and .xz are unpacked."""
     text_field: str = Field(default="text", min_length=1)
-    """The field (JSONL) or column (Parquet) that holds a document's text."""
+    """The field (JSONL) or column (Parquet, Arrow) that holds a document's text."""
+    max_bad_documents: int = Field(default=0, ge=0)
+    """Lines or rows that may be unusable (no JSON, no UTF-8, no text): left out, logged, counted."""
     weight: float = Field(default=1.0, gt=0)
     """Share of training samples, relative to the other corpora's weights."""
+    min_characters: int = Field(default=0, ge=0)
+    """Shorter documents are left out and counted; 0 keeps all that have any text."""
+    deduplicate: bool = False
+    """true leaves out a document whose text an earlier one of the corpus has to the byte."""
 
 
 Corpus = Annotated[BuiltinCorpus | FilesCorpus, Field(discriminator="source")]
@@ -93,6 +103,8 @@ class Data(Section):
     """Shares of each corpus's documents, in order, for training, validation and test."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the order in which samples are drawn."""
+    shards: int = Field(default=1, ge=1, le=9999)
+    """Jobs that tokenize side by side; the result is the same, and another number redoes nothing."""
 
 
 class Export(Section):

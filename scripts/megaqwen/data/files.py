@@ -4,22 +4,25 @@ Imports nothing heavy: the workflow asks for a corpus's files in order to declar
 """
 
 import glob
+import json
 from pathlib import Path
 from typing import Literal
 
 from megaqwen.config.sections import BuiltinCorpus, Corpus, FilesCorpus
 from megaqwen.errors import InputError
 
-Format = Literal["jsonl", "text", "parquet"]
-Compression = Literal["gzip", "zstd"]
+Format = Literal["jsonl", "text", "parquet", "arrow"]
+Compression = Literal["gzip", "zstd", "xz"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".txt": "text",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
-COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+SAVED_STATE = "state.json"
+COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
 
 def corpus_files(corpus: Corpus) -> list[Path]:
@@ -47,6 +50,8 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
+    if (path / SAVED_STATE).is_file():
+        return saved_files(corpus, path)
     if path.is_dir():
         raise InputError(
             f"corpus {corpus}: {pattern} is a folder: name its files, such as {path}/**/*.jsonl"
@@ -61,6 +66,27 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
     return files
 
 
+def saved_files(corpus: str, directory: Path) -> list[Path]:
+    """The Arrow files of a data set that `datasets` saved with save_to_disk, in its order.
+
+    The folder's state.json names them; it stands beside them.
+    """
+    try:
+        state = json.loads((directory / SAVED_STATE).read_text(encoding="utf-8"))
+        files = [directory / entry["filename"] for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"corpus {corpus}: {directory / SAVED_STATE} is not what save_to_disk writes: {error!r}"
+        ) from error
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        raise InputError(
+            f"corpus {corpus}: {directory} lacks {', '.join(missing) or 'any data file'}: "
+            "save the data set again"
+        )
+    return files
+
+
 def compression_of(path: Path) -> Compression | None:
     """How a file is compressed, by its name."""
     return COMPRESSIONS.get(path.suffix.lower())
@@ -70,7 +96,7 @@ def file_format(path: Path, corpus: FilesCorpus) -> Format:
     """The format of a file: what the corpus says, or with `auto` what the file's name says.
 
     Raises:
-        InputError: The name says nothing, or the file is a Parquet file inside .gz or .zst.
+        InputError: The name says nothing, or it is a Parquet or Arrow file inside .gz, .zst or .xz.
     """
     compression = compression_of(path)
     inner = path.with_suffix("") if compression else path
@@ -79,11 +105,13 @@ def file_format(path: Path, corpus: FilesCorpus) -> Format:
     if chosen is None:
         raise InputError(
             f"corpus {corpus.name}: {path}: the extension {inner.suffix!r} is unknown. Known are "
-            f"{', '.join(FORMATS)}, and all but .parquet also with {' or '.join(COMPRESSIONS)}. "
-            "For other names give the format in the config: jsonl, text or parquet"
+            f"{', '.join(FORMATS)}, and all but .parquet and .arrow also with "
+            f"{' or '.join(COMPRESSIONS)}. "
+            "For other names give the format in the config: jsonl, text, parquet or arrow"
         )
-    if chosen == "parquet" and compression:
+    if chosen in ("parquet", "arrow") and compression:
         raise InputError(
-            f"corpus {corpus.name}: {path}: Parquet compresses its own columns: unpack the file"
+            f"corpus {corpus.name}: {path}: {chosen.capitalize()} compresses its own columns: "
+            "unpack the file"
         )
     return chosen

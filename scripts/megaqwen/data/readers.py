@@ -1,239 +1,156 @@
-"""The documents of a corpus as a stream of texts: JSON lines, plain text and Parquet.
+"""The documents of a corpus, or of a shard of it, as lists of texts: a few megabytes at a time.
 
-One document at a time is in memory (of Parquet one small batch), however large the corpus is. What
-is wrong with a file ends as one InputError that names the file and the line or row.
+However large the corpus is, no more of it is in memory. What is wrong with a document ends as one
+InputError that names the file and the line or row, or is counted where the config tolerates some.
 """
 
-import difflib
-import io
-import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import pyarrow
-from pyarrow import parquet
 
 from megaqwen.config.sections import BuiltinCorpus, Corpus
+from megaqwen.data import streams
 from megaqwen.data.builtin import builtin_documents
-from megaqwen.data.files import compression_of, corpus_files, file_format
+from megaqwen.data.columns import arrow_texts, parquet_texts
+from megaqwen.data.pieces import WHOLE, Piece, Shard, corpus_pieces
+from megaqwen.data.records import LineParser, not_utf8
+from megaqwen.data.streams import DigestedFile, line_blocks, lines_before, open_unpacked
 from megaqwen.errors import InputError
+from megaqwen.words import counted
 
-LARGEST_DOCUMENT = 256 * 2**20  # bytes; a bound on memory, and on a file that lacks its newlines
-BLOCK = 2**20  # bytes
-PARQUET_ROWS = 256
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NAMED = 5  # of the documents that cannot be used, in one message
+SAMPLE_PLACES = 16
+SAMPLE_CHARACTERS = 2**16  # at each place
+
+logger = logging.getLogger("megaqwen.data")
+
+
+class Intake:
+    """What is noted while a corpus is read: documents that cannot be used, and the files' digests."""
+
+    def __init__(self, corpus: str, tolerated: int = 0, earlier: int = 0):
+        """Start with nothing.
+
+        Args:
+            corpus: Its name, for messages.
+            tolerated: How many documents may be left out since they cannot be used.
+            earlier: How many of them other shards have had already.
+        """
+        self.corpus = corpus
+        self.tolerated = tolerated
+        self.bad = earlier
+        self.named: list[str] = []
+        self.digests: dict[Path, str] = {}
+
+    def refuse(self, error: InputError) -> None:
+        """Count a document that cannot be used, and log it; InputError when it is one too many."""
+        if not self.tolerated:
+            raise error
+        self.bad += 1
+        if len(self.named) < NAMED:
+            self.named.append(str(error))
+        if self.bad > self.tolerated:
+            raise too_many_bad(self.corpus, self.tolerated, self.named)
+        logger.warning("%s: left out: %s", self.corpus, error)
+
+
+class Unnoted(Intake):
+    """Passes over what cannot be used: who reads the corpus itself will say so."""
+
+    def refuse(self, error: InputError) -> None:
+        """Nothing."""
+
+
+def too_many_bad(corpus: str, tolerated: int, named: list[str]) -> InputError:
+    """The error when more documents are unusable than the config tolerates."""
+    return InputError(
+        f"corpus {corpus}: more than {counted(tolerated, 'document')} cannot be used, which is what "
+        "max_bad_documents allows. The first of them:\n"
+        + "\n".join(f"    {each}" for each in named)
+    )
 
 
 def corpus_documents(corpus: Corpus) -> Iterator[str]:
-    """The texts of a corpus in their order, empty ones included.
+    """The texts of a corpus one by one; see `corpus_texts`."""
+    for texts in corpus_texts(corpus, Intake(corpus.name)):
+        yield from texts
+
+
+def corpus_texts(
+    corpus: Corpus, intake: Intake, shard: Shard = WHOLE, block: int | None = None
+) -> Iterator[list[str]]:
+    """The texts of a shard of a corpus in their order, empty ones included.
+
+    Args:
+        corpus: The corpus; the built-in one is all in the first shard.
+        intake: Gets the digests of the files that are read whole, and what cannot be used.
+        shard: Which part.
+        block: About how many bytes of JSON lines are read at once.
 
     Raises:
         InputError: A file is missing, damaged or not in its format, or a text cannot be used.
     """
     if isinstance(corpus, BuiltinCorpus):
-        yield from builtin_documents()
+        if shard.index == 0:
+            yield list(builtin_documents())
         return
-    for path in corpus_files(corpus):
-        match file_format(path, corpus):
+    for piece in corpus_pieces(corpus, shard):
+        match piece.format:
             case "jsonl":
-                yield from jsonl_documents(path, corpus.text_field)
+                yield from jsonl_texts(piece, corpus.text_field, intake, block or streams.BLOCK)
             case "text":
-                yield text_document(path)
+                yield text_document(piece.path, intake)
             case "parquet":
-                yield from parquet_documents(path, corpus.text_field)
+                span = (piece.start, piece.stop)
+                yield from parquet_texts(piece.path, corpus.text_field, *span, intake.refuse)
+            case "arrow":
+                yield from arrow_texts(piece.path, corpus.text_field, intake.refuse)
 
 
-def jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
+def sample_texts(corpus: Corpus) -> list[str]:
+    """The first texts at places all over a corpus, long ones cut: about a megabyte at most."""
+    texts = []
+    for index in range(SAMPLE_PLACES):
+        shard = Shard(index=index, count=SAMPLE_PLACES)
+        left = SAMPLE_CHARACTERS
+        for text in next(corpus_texts(corpus, Unnoted(corpus.name), shard, block=left), []):
+            texts.append(text[:left])
+            left -= len(texts[-1])
+            if not left:
+                break
+    return texts
+
+
+def jsonl_texts(piece: Piece, text_field: str, intake: Intake, size: int) -> Iterator[list[str]]:
     """One document a line: the text field of its JSON object. Blank lines are passed over."""
-    for number, line in enumerate(lines(path), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield text_of_record(parse_record(line, where), text_field, where)
+    parser = LineParser(text_field)
+    path = piece.path
+    with DigestedFile(path) as file, open_unpacked(path, file) as stream:
+        number: int | None = None if piece.start else 1  # of the block's first line, when known
+        for position, block in line_blocks(stream, path, piece.start, piece.stop, size):
+
+            def where(index: int, position: int = position) -> str:
+                nonlocal number
+                if number is None:
+                    number = lines_before(path, position) + 1
+                return f"{path}:{number + index}"
+
+            yield parser.texts(block, where, intake.refuse)
+            if number is not None:
+                number += block.count(b"\n")
+        if piece.whole:
+            intake.digests[path] = file.digest()
 
 
-def parse_record(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of a line."""
-    text = decode(line, where).rstrip("\r\n")
+def text_document(path: Path, intake: Intake) -> list[str]:
+    """The whole of a text file, as one document; none where it cannot be used."""
+    with DigestedFile(path) as file, open_unpacked(path, file) as stream:
+        content = stream.read(streams.LARGEST_DOCUMENT + 1)
+        if len(content) > streams.LARGEST_DOCUMENT:
+            raise streams.too_large(str(path))
+        intake.digests[path] = file.digest()
     try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not JSON ({error}): one JSON object a line is expected, "
-            f"found {excerpt(text)}"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: one JSON object a line is expected, found {json_type(record)}: "
-            f"{excerpt(text)}"
-        )
-    return record
-
-
-def text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
-    """The text field of a JSON object, checked."""
-    if text_field not in record:
-        raise InputError(
-            f"{where}: no field {text_field!r}. {choices('Fields', record, text_field)}"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise InputError(
-            f"{where}: the field {text_field!r} is to be a string, found {json_type(text)}"
-        )
-    return usable(text, where)
-
-
-def text_document(path: Path) -> str:
-    """The whole of a text file, as one document."""
-    with open_unpacked(path) as stream:
-        content = stream.read(LARGEST_DOCUMENT + 1)
-    if len(content) > LARGEST_DOCUMENT:
-        raise too_large(str(path))
-    try:
-        return content.removeprefix(BYTE_ORDER_MARK).decode()
+        return [content.removeprefix(streams.BYTE_ORDER_MARK).decode()]
     except UnicodeDecodeError as error:
-        raise not_utf8(f"{path}:{content.count(b'\n', 0, error.start) + 1}", error) from error
-
-
-def parquet_documents(path: Path, column: str) -> Iterator[str]:
-    """One document a row: the text column, which alone is read, in batches of rows."""
-    try:
-        with parquet.ParquetFile(path, buffer_size=BLOCK) as table:
-            check_column(table.schema_arrow, column, path)
-            row = 0
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0):
-                    row += 1
-                    yield text_of_value(value, column, f"{path}: row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from error
-
-
-def text_of_value(value: pyarrow.Scalar, column: str, where: str) -> str:
-    """The text of one row of a Parquet column, checked."""
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        raise not_utf8(where, error) from error
-    if text is None:
-        raise InputError(f"{where}: the column {column!r} is to be a string, found null")
-    return usable(text, where)
-
-
-def check_column(schema: pyarrow.Schema, column: str, path: Path) -> None:
-    """InputError unless a Parquet file has the column once and it holds strings."""
-    if schema.names.count(column) != 1:
-        raise InputError(
-            f"{path}: no column {column!r}. {choices('Columns', schema.names, column)}"
-        )
-    kind = schema.field(column).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    strings = (
-        pyarrow.types.is_string,
-        pyarrow.types.is_large_string,
-        pyarrow.types.is_string_view,
-    )
-    if not any(is_kind(kind) for is_kind in strings):
-        raise InputError(f"{path}: the column {column!r} is to hold strings, found {kind}")
-
-
-def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked, ended by \\n only, without a byte order mark."""
-    with open_unpacked(path) as stream:
-        number = 0
-        while line := stream.readline(LARGEST_DOCUMENT + 1):
-            number += 1
-            if len(line) > LARGEST_DOCUMENT:
-                raise too_large(f"{path}:{number}")
-            yield line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-
-
-def open_unpacked(path: Path) -> BinaryIO:
-    """A file's bytes, of .gz and .zst the unpacked ones; a damaged or cut file is an InputError."""
-    compression = compression_of(path)
-    if compression and path.stat().st_size == 0:
-        raise InputError(f"{path}: 0 bytes, which is no {compression} file: get it again")
-    source = pyarrow.input_stream(path, compression=compression)
-    return cast(BinaryIO, io.BufferedReader(UnpackedStream(source, path), BLOCK))
-
-
-class UnpackedStream(io.RawIOBase):
-    """Arrow's stream as one of Python's, whose errors name the file."""
-
-    def __init__(self, source: pyarrow.NativeFile, path: Path):
-        self.source = source
-        self.path = path
-
-    def readable(self) -> bool:
-        """True: what io.BufferedReader asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with the next bytes; 0 at the end."""
-        try:
-            return int(self.source.readinto(buffer))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error}: get it again") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self.source.close()
-        super().close()
-
-
-def decode(line: bytes, where: str) -> str:
-    """A line as text; InputError where it is not UTF-8."""
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise not_utf8(where, error) from error
-
-
-def usable(text: str, where: str) -> str:
-    """`text`, unless it is too large or a JSON escape put half a surrogate pair in it."""
-    if len(text) > LARGEST_DOCUMENT:
-        raise too_large(where)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}: the text holds half a surrogate pair at character {error.start}, which "
-                "UTF-8 cannot hold: repair the escape or leave the document out"
-            ) from error
-    return text
-
-
-def not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
-    """The error for bytes that are not UTF-8."""
-    found = error.object[error.start : error.start + 4].hex(" ")
-    return InputError(f"{where}: not UTF-8 at these bytes: {found}. Convert the file to UTF-8")
-
-
-def too_large(where: str) -> InputError:
-    """The error for a document past the bound."""
-    return InputError(
-        f"{where}: a document of more than {LARGEST_DOCUMENT // 2**20} MiB: "
-        "split it into several, one a line of a .jsonl file"
-    )
-
-
-def choices(kind: str, names: Iterable[str], wanted: str) -> str:
-    """What there is instead of what was asked for, and what was perhaps meant."""
-    known = list(names)
-    close = difflib.get_close_matches(wanted, known, n=1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{kind} that it has: {', '.join(known) or 'none'}.{meant} Set text_field in the config"
-
-
-def excerpt(text: str) -> str:
-    """The beginning of a line, for a message."""
-    return repr(text[:60]) + ("..." if len(text) > 60 else "")
-
-
-def json_type(value: Any) -> str:
-    """The name of a JSON value's type."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+        intake.refuse(not_utf8(f"{path}:{content.count(b'\n', 0, error.start) + 1}", error))
+        return []

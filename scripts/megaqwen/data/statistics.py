@@ -1,4 +1,7 @@
-"""The card of a corpus: how much text it is, how it tokenizes, and what a trivial model scores."""
+"""The card of a corpus: how much text it is, how it tokenizes, and what a trivial model scores.
+
+Whatever the corpus's size, the memory that it takes is the vocabulary's.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,50 +9,51 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from megaqwen.data.writing import Chunks
 
-class CorpusStatistics:
-    """Counts over a corpus, gathered document by document in memory of the vocabulary's size."""
+HALF = 16  # bits of a length
 
-    def __init__(self, vocabulary_size: int):
-        """Start with nothing.
 
-        Args:
-            vocabulary_size: Number of different ids.
-        """
-        self.token_counts = numpy.zeros(vocabulary_size, numpy.int64)
-        self.documents = 0
-        self.empty_documents = 0
-        self.characters = 0
-        self.bytes = 0
-        self.tokens = 0
+def length_figures(documents: int, lengths: Chunks) -> dict[str, Any]:
+    """Median, largest and histogram of the documents' lengths.
 
-    def add(self, texts: Sequence[str], documents: Sequence[NDArray[numpy.int32]]) -> None:
-        """Count documents: their texts, and their token ids with the end of document."""
-        ids = numpy.concatenate(documents)
-        self.token_counts += numpy.bincount(ids, minlength=len(self.token_counts))
-        self.documents += len(texts)
-        self.characters += sum(map(len, texts))
-        self.bytes += sum(map(utf8_bytes, texts))
-        self.tokens += len(ids)
+    Args:
+        documents: How many there are, at least one.
+        lengths: Gives their tokens, in chunks; called more than once.
+    """
+    bits = numpy.zeros(2 * HALF, numpy.int64)
+    for chunk in lengths():
+        bits += numpy.bincount(numpy.frexp(chunk)[1], minlength=len(bits))
+    low, high = order_statistics(lengths, [(documents - 1) // 2, documents // 2])
+    (longest,) = order_statistics(lengths, [documents - 1])
+    (used,) = numpy.nonzero(bits)
+    return {
+        "median_document_tokens": (low + high) / 2,
+        "longest_document_tokens": longest,
+        "length_histogram": [
+            {"from": 2 ** (bit - 1), "below": 2**bit, "documents": int(bits[bit])}
+            for bit in range(int(used[0]), int(used[-1]) + 1)
+        ],
+    }
 
-    def card(self, lengths: Sequence[int]) -> dict[str, Any]:
-        """The card's figures; `tokens` and lengths count the end of each document as a token.
 
-        Args:
-            lengths: The tokens of each document.
-        """
-        return {
-            "documents": self.documents,
-            "empty_documents_skipped": self.empty_documents,
-            "characters": self.characters,
-            "bytes": self.bytes,
-            "tokens": self.tokens,
-            "tokens_per_byte": round(self.tokens / self.bytes, 6),
-            "distinct_tokens": int(numpy.count_nonzero(self.token_counts)),
-            "median_document_tokens": float(numpy.median(lengths)),
-            "longest_document_tokens": max(lengths),
-            "unigram_entropy": unigram_entropy(self.token_counts),
-        }
+def order_statistics(lengths: Chunks, ranks: Sequence[int]) -> list[int]:
+    """The lengths at some ranks (from 0) in sorted order, by counting: first upper, then lower halves."""
+    upper = numpy.zeros(2**HALF, numpy.int64)
+    for chunk in lengths():
+        upper += numpy.bincount(chunk >> HALF, minlength=len(upper))
+    ends = numpy.cumsum(upper)
+    found = []
+    for rank in ranks:
+        half = int(numpy.searchsorted(ends, rank, side="right"))
+        lower = numpy.zeros(2**HALF, numpy.int64)
+        for chunk in lengths():
+            same = chunk[chunk >> HALF == half]
+            lower += numpy.bincount(same & (2**HALF - 1), minlength=len(lower))
+        before = int(ends[half] - upper[half])
+        rest = int(numpy.searchsorted(numpy.cumsum(lower), rank - before, side="right"))
+        found.append((half << HALF) + rest)
+    return found
 
 
 def unigram_entropy(counts: NDArray[numpy.int64]) -> float:
@@ -61,8 +65,3 @@ def unigram_entropy(counts: NDArray[numpy.int64]) -> float:
     present = counts[counts > 0]
     shares = present / present.sum()
     return float(max(0.0, -(shares * numpy.log(shares)).sum()))
-
-
-def utf8_bytes(text: str) -> int:
-    """The length of a text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())

@@ -52,8 +52,17 @@ class DocumentTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[numpy.int32]]:
         """The token ids of each document, with the end of document last; all cores work on it."""
+        rows = self.ids(texts)
+        return [numpy.array([*each, self.end_of_document], numpy.int32) for each in rows]
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts: what every other engine is held against."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [numpy.array([*each.ids, self.end_of_document], numpy.int32) for each in encodings]
+        return [each.ids for each in encodings]
+
+    def added_tokens(self) -> list[str]:
+        """What the vocabulary adds to the words that were learnt: special tokens and others."""
+        return [each.content for each in self.backend.get_added_tokens_decoder().values()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

@@ -1,55 +1,104 @@
-"""Token ids to Megatron's .bin and .idx, through megatron-core's own builder."""
+"""Token ids to Megatron's .bin and .idx, byte for byte as megatron-core's IndexedDatasetBuilder does it.
+
+Its own builder imports torch, keeps every length in a Python list and takes one document at a time.
+The layout is that of `_IndexWriter` in megatron/core/datasets/indexed_dataset.py, version 1.
+"""
 
 import contextlib
+import io
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import numpy
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from megaqwen.provenance import DigestingStream
+
+HEADER = b"MMIDIDX\x00\x00"
+VERSION = 1
+TYPE_CODES = {numpy.dtype(numpy.int32): 4, numpy.dtype(numpy.uint16): 8}
+LARGEST_VOCABULARY_OF_2_BYTES = 65_500
+BUFFER = 2**20
+ENTRIES = 2**20  # of an index that are worked on at once
+
+Chunks = Callable[[], Iterable[NDArray[numpy.int32]]]
 
 
-class DocumentWriter:
-    """Appends documents to PREFIX.bin; PREFIX.idx follows when the `with` block ends well.
+def token_type(vocabulary_size: int) -> numpy.dtype[Any]:
+    """The type of a token in .bin: that of Megatron's DType.optimal_dtype."""
+    small = vocabulary_size < LARGEST_VOCABULARY_OF_2_BYTES
+    return numpy.dtype(numpy.uint16 if small else numpy.int32)
 
-    One document is one sequence of the dataset, so Megatron's split falls between documents.
+
+@contextlib.contextmanager
+def digested_file(path: Path) -> Iterator[tuple[io.BufferedWriter, DigestingStream]]:
+    """A new file to write to, and the stream that knows its digest when the block has ended."""
+    with open(path, "wb", buffering=0) as file:
+        stream = DigestingStream(file)
+        writer = io.BufferedWriter(stream, BUFFER)
+        try:
+            yield writer, stream
+            writer.flush()
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # a full disk is on its way already
+                writer.detach()
+
+
+def with_ends(
+    ids: NDArray[Any], lengths: NDArray[numpy.int64], end: int, dtype: DTypeLike
+) -> NDArray[Any]:
+    """Token ids of documents with the end of document after each.
+
+    Args:
+        ids: Of shape [tokens].
+        lengths: The tokens of each document, of shape [documents].
+        end: The id of the end of document.
+        dtype: Of the result, of shape [tokens + documents].
     """
+    ends = numpy.cumsum(lengths + 1) - 1
+    is_token = numpy.ones(len(ids) + len(lengths), numpy.bool_)
+    is_token[ends] = False
+    result = numpy.empty(len(is_token), dtype)
+    result[is_token] = ids
+    result[ends] = end
+    return result
 
-    def __init__(self, prefix: Path, vocabulary_size: int):
-        """Open PREFIX.bin.
 
-        Args:
-            prefix: Path without .bin and .idx; the name may have dots.
-            vocabulary_size: Number of different ids; it decides on 2 or 4 bytes a token.
-        """
-        self.prefix = prefix
-        self.dtype = DType.optimal_dtype(vocabulary_size)
-        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
+def write_index(
+    path: Path, dtype: numpy.dtype[Any], documents: int, lengths: Chunks
+) -> dict[str, Any]:
+    """Write .idx, in which one document is one sequence, so that Megatron's split falls between them.
 
-    def add(self, ids: NDArray[numpy.int32]) -> None:
-        """Append one document, of shape [tokens], its end-of-document token included."""
-        self.builder.add_document(ids, [len(ids)])
+    Args:
+        path: Where.
+        dtype: Of the tokens in .bin.
+        documents: How many there are.
+        lengths: Gives the tokens of each document, in chunks; called more than once.
 
-    @property
-    def lengths(self) -> list[int]:
-        """The tokens of each document so far."""
-        lengths: list[int] = self.builder.sequence_lengths
-        return lengths
+    Returns:
+        The file's bytes and SHA-256.
+    """
+    with digested_file(path) as (writer, stream):
+        writer.write(HEADER)
+        writer.write(struct.pack("<QBQQ", VERSION, TYPE_CODES[dtype], documents, documents + 1))
+        for chunk in lengths():
+            writer.write(chunk.astype(numpy.int32).tobytes())
+        position = 0
+        for chunk in lengths():
+            ends = position + numpy.cumsum(chunk, dtype=numpy.int64) * dtype.itemsize
+            writer.write(numpy.concatenate([[position], ends[:-1]]).astype(numpy.int64).tobytes())
+            position = int(ends[-1])
+        for first in range(0, documents + 1, ENTRIES):
+            last = min(first + ENTRIES, documents + 1)
+            writer.write(numpy.arange(first, last, dtype=numpy.int64).tobytes())
+    return stream.facts()
 
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close PREFIX.bin; write PREFIX.idx unless there was an error."""
-        if error is None:
-            self.builder.finalize(f"{self.prefix}.idx")
-            return
-        with contextlib.suppress(OSError):  # a full disk is the error that is on its way already
-            self.builder.data_file.close()
+def file_chunks(paths: Iterable[Path], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    """The entries of binary files, one file after another, in chunks."""
+    for path in paths:
+        with open(path, "rb") as stream:
+            while len(chunk := numpy.fromfile(stream, dtype, ENTRIES)):
+                yield chunk

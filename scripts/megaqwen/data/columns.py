@@ -1,0 +1,148 @@
+"""The text column of tables: Parquet files, and the Arrow files of a data set that was saved to disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+from pyarrow import ipc, parquet
+
+from megaqwen.data import streams
+from megaqwen.data.records import Refuse, choices, not_utf8, usable
+from megaqwen.errors import InputError
+
+ROWS = 1024
+BYTES_OF_ROWS = 4 * 2**20
+ARROW_FILE_MAGIC = b"ARROW1"
+
+
+def row_group_positions(path: Path) -> list[int]:
+    """Where each row group of a Parquet file begins, in bytes."""
+    try:
+        with parquet.ParquetFile(path) as table:
+            metadata = table.metadata
+            firsts = (metadata.row_group(i).column(0) for i in range(metadata.num_row_groups))
+            return [
+                min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+                for column in firsts
+            ]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise not_readable(path, "Parquet", error) from error
+
+
+def parquet_texts(
+    path: Path, column: str, start: int, stop: int | None, refuse: Refuse
+) -> Iterator[list[str]]:
+    """The texts of some row groups, of which only the text column is read, a few rows at a time."""
+    try:
+        with parquet.ParquetFile(path, buffer_size=streams.BUFFER) as table:
+            check_column(table.schema_arrow, column, path)
+            metadata = table.metadata
+            groups = list(range(metadata.num_row_groups))
+            row = sum(metadata.row_group(group).num_rows for group in groups[:start])
+            rows = rows_at_once(table, column)
+            chosen = groups[start:stop]
+            for batch in table.iter_batches(batch_size=rows, row_groups=chosen, columns=[column]):
+                yield texts_of_column(batch.column(0), column, path, row, refuse)
+                row += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise not_readable(path, "Parquet", error) from error
+
+
+def rows_at_once(table: parquet.ParquetFile, column: str) -> int:
+    """How many rows are read at once: fewer where texts are long."""
+    metadata = table.metadata
+    if not metadata.num_rows:
+        return 1
+    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    index = names.index(column)
+    groups = range(metadata.num_row_groups)
+    size = sum(metadata.row_group(i).column(index).total_uncompressed_size for i in groups)
+    return int(min(max(BYTES_OF_ROWS * metadata.num_rows // max(size, 1), 1), ROWS))
+
+
+def arrow_texts(path: Path, column: str, refuse: Refuse) -> Iterator[list[str]]:
+    """The texts of an Arrow file: a stream, as `datasets` saves it, or the file format."""
+    try:
+        with pyarrow.OSFile(str(path)) as source:
+            is_file = source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+            source.seek(0)
+            row = 0
+            for batch in arrow_batches(source, is_file, column, path):
+                for first in range(0, len(batch), ROWS):
+                    part = batch.slice(first, ROWS)
+                    yield texts_of_column(part, column, path, row, refuse)
+                    row += len(part)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise not_readable(path, "Arrow", error) from error
+
+
+def arrow_batches(
+    source: pyarrow.NativeFile, is_file: bool, column: str, path: Path
+) -> Iterator[pyarrow.Array]:
+    """The text column of each record batch."""
+    reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
+    check_column(reader.schema, column, path)
+    if is_file:
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number).column(column)
+    else:
+        for batch in reader:
+            yield batch.column(column)
+
+
+def texts_of_column(
+    values: pyarrow.Array, column: str, path: Path, row: int, refuse: Refuse
+) -> list[str]:
+    """The texts of some rows, of which the first is the file's row `row`, from 0."""
+    if pyarrow.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pyarrow.types.is_string_view(values.type):
+        values = values.cast(pyarrow.large_string())
+    if not values.null_count:
+        try:
+            texts: list[str] = list(values.to_numpy(zero_copy_only=False))
+            if max(map(len, texts), default=0) <= streams.LARGEST_DOCUMENT:
+                return texts
+        except UnicodeDecodeError:
+            pass
+    texts = []
+    for number, value in enumerate(values, start=row + 1):
+        try:
+            texts.append(text_of_value(value, column, f"{path}: row {number}"))
+        except InputError as error:
+            refuse(error)
+    return texts
+
+
+def text_of_value(value: pyarrow.Scalar, column: str, where: str) -> str:
+    """The text of one row, checked."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, error) from error
+    if text is None:
+        raise InputError(f"{where}: the column {column!r} is to be a string, found null")
+    return usable(text, where)
+
+
+def check_column(schema: pyarrow.Schema, column: str, path: Path) -> None:
+    """InputError unless a table has the column once and it holds strings."""
+    if schema.names.count(column) != 1:
+        raise InputError(
+            f"{path}: no column {column!r}. {choices('Columns', schema.names, column)}"
+        )
+    kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    strings = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_string_view,
+    )
+    if not any(is_kind(kind) for is_kind in strings):
+        raise InputError(f"{path}: the column {column!r} is to hold strings, found {kind}")
+
+
+def not_readable(path: Path, kind: str, error: Exception) -> InputError:
+    """The error for a damaged table."""
+    return InputError(f"{path}: not a readable {kind} file: {error}")

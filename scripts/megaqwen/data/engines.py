@@ -1,0 +1,187 @@
+"""What turns texts into token ids: gigatoken where it gives the same ids as `tokenizers`, or the latter.
+
+gigatoken (https://github.com/marcelroed/gigatoken) is about a hundred times as fast. It is used for a
+tokenizer that it supports after it gave the very ids of `tokenizers` for texts from all over the corpus
+and for HARD_TEXTS, and never for a document with characters that Unicode got after version 15: the two
+libraries have different tables of those. `tokenizers` encodes these documents.
+"""
+
+import functools
+import json
+import logging
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy
+import psutil
+from numpy.typing import NDArray
+
+from megaqwen.data.hard_texts import HARD_TEXTS, around
+from megaqwen.data.tokenization import DocumentTokenizer
+
+CODE_POINTS = 0x110000
+THREE_BYTES = 0xE0  # the first byte, in UTF-8, of what comes after U+07FF; before it nothing is new
+BYTES_A_CACHE = 128 * 2**20  # of memory, for each core, that gigatoken may remember words in
+
+logger = logging.getLogger("megaqwen.data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The token ids of some documents, one after another, without ends of documents."""
+
+    ids: NDArray[Any]
+    """Of shape [tokens]."""
+    lengths: NDArray[numpy.int64]
+    """The tokens of each document, of shape [documents]."""
+
+
+class Engine(Protocol):
+    """Encodes batches of documents."""
+
+    name: str
+    """gigatoken or tokenizers."""
+    reason: str | None
+    """Why it is not the fast one."""
+
+    def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
+        """The ids of documents, given both as text and in UTF-8; all cores work on it."""
+
+
+class TokenizersEngine:
+    """Hugging Face's tokenizers: right by definition."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: DocumentTokenizer, reason: str | None = None):
+        """Encode with `tokenizer`."""
+        self.tokenizer = tokenizer
+        self.reason = reason
+
+    def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
+        """See Engine."""
+        rows = self.tokenizer.ids(texts)
+        lengths = numpy.fromiter(map(len, rows), numpy.int64, len(rows))
+        ids = numpy.fromiter((id for row in rows for id in row), numpy.uint32, int(lengths.sum()))
+        return Tokens(ids=ids, lengths=lengths)
+
+
+class GigatokenEngine:
+    """gigatoken, with a bound on the memory that it takes."""
+
+    name = "gigatoken"
+    reason = None
+
+    def __init__(self, tokenizer: DocumentTokenizer):
+        """Load it.
+
+        Raises:
+            Exception: Of any kind, where it does not support the tokenizer.
+        """
+        import gigatoken
+
+        self.truth = tokenizer
+        self.make = functools.partial(gigatoken.Tokenizer.from_json, without_specials(tokenizer))
+        self.process = psutil.Process()
+        self.cores = len(os.sched_getaffinity(0))
+        self.renew()
+
+    def renew(self) -> None:
+        """Start with an empty cache: its own has no bound (issue 36 of gigatoken)."""
+        self.tokenizer: Any = None  # before the new one takes memory
+        self.tokenizer = self.make()
+        self.memory_at_first: int | None = None
+
+    def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
+        """See Engine."""
+        tokens = self.encode_bytes(documents)
+        memory = self.process.memory_info().rss
+        if self.memory_at_first is None:
+            self.memory_at_first = memory
+        elif memory - self.memory_at_first > BYTES_A_CACHE * self.cores:
+            self.renew()
+        pairs = enumerate(zip(texts, documents, strict=True))
+        apart = [number for number, pair in pairs if has_new_characters(*pair)]
+        if not apart:
+            return tokens
+        rows = numpy.split(tokens.ids, numpy.cumsum(tokens.lengths)[:-1])
+        right = self.truth.ids([texts[number] for number in apart])
+        for number, ids in zip(apart, right, strict=True):
+            rows[number] = numpy.array(ids, tokens.ids.dtype)
+        lengths = numpy.fromiter(map(len, rows), numpy.int64, len(rows))
+        return Tokens(ids=numpy.concatenate(rows), lengths=lengths)
+
+    def encode_bytes(self, documents: Sequence[bytes]) -> Tokens:
+        """gigatoken's own ids; the documents' memory is lent, not copied."""
+        layout = self.tokenizer.encode_batch(documents).layout.to_ListOffsetArray64(True)
+        offsets = numpy.asarray(layout.offsets)
+        ids = numpy.asarray(layout.content.data)[: offsets[-1]]
+        return Tokens(ids=ids, lengths=numpy.diff(offsets))
+
+
+def choose_engine(tokenizer: DocumentTokenizer, corpus: str, sample: Sequence[str]) -> Engine:
+    """gigatoken if it is right about every text, otherwise `tokenizers` with the reason.
+
+    Args:
+        tokenizer: The model's, set up for documents.
+        corpus: The corpus's name, for the log.
+        sample: Some of the corpus's texts.
+    """
+    reason = None
+    try:
+        engine: Engine = GigatokenEngine(tokenizer)
+        texts = [*HARD_TEXTS, *around(tokenizer.added_tokens()), *filter(None, sample)]
+        reason = first_difference(engine, tokenizer, texts)
+    except ImportError as error:
+        reason = f"gigatoken cannot be imported: {error}"
+    except Exception as error:  # noqa: BLE001  what it does not support ends in exceptions of every kind
+        reason = f"gigatoken does not support the tokenizer: {error}"
+    if reason is None:
+        return engine
+    logger.warning("%s: tokenized with tokenizers, which is slower: %s", corpus, reason)
+    return TokenizersEngine(tokenizer, reason)
+
+
+def first_difference(
+    engine: Engine, tokenizer: DocumentTokenizer, texts: Sequence[str]
+) -> str | None:
+    """Where an engine's ids are not those of `tokenizers`; None where they are the same."""
+    tokens = engine.encode(texts, [text.encode() for text in texts])
+    rows = numpy.split(tokens.ids, numpy.cumsum(tokens.lengths)[:-1])
+    for text, found, expected in zip(texts, rows, tokenizer.ids(texts), strict=True):
+        if not numpy.array_equal(found, expected):
+            pairs = zip(found.tolist(), expected, strict=False)
+            same = next(
+                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected))
+            )
+            start = max(len(tokenizer.decode(expected[:same])) - 8, 0)
+            return (
+                f"{engine.name} gives {found[same : same + 3].tolist()} and tokenizers "
+                f"{expected[same : same + 3]} near {text[start : start + 24]!r}"
+            )
+    return None
+
+
+def without_specials(tokenizer: DocumentTokenizer) -> str:
+    """The tokenizer as JSON in which special tokens are no tokens: in a document they are text."""
+    content = json.loads(tokenizer.backend.to_str())
+    content["added_tokens"] = [each for each in content["added_tokens"] if not each["special"]]
+    return json.dumps(content)
+
+
+@functools.cache
+def new_characters() -> NDArray[numpy.bool_]:
+    """Which code points this Python's Unicode tables (15.0) do not have, of shape [code points]."""
+    categories = (unicodedata.category(chr(point)) == "Cn" for point in range(CODE_POINTS))
+    return numpy.fromiter(categories, numpy.bool_, CODE_POINTS)
+
+
+def has_new_characters(text: str, document: bytes) -> bool:
+    """Whether a text, given also in UTF-8, has a character of a Unicode version after 15.0."""
+    if text.isascii() or numpy.frombuffer(document, numpy.uint8).max() < THREE_BYTES:
+        return False
+    points = numpy.frombuffer(text.encode("utf-32-le"), numpy.uint32)
+    return bool(new_characters().take(points).any())

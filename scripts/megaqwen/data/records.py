@@ -1,0 +1,137 @@
+"""JSON lines to texts: whole blocks at once where every line is good, line by line where one is not."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from megaqwen.data import streams
+from megaqwen.errors import InputError
+
+Refuse = Callable[[InputError], None]
+
+
+class LineParser:
+    """Takes one field, a string, out of each line's JSON object."""
+
+    def __init__(self, text_field: str):
+        """Set up for the field of that name."""
+        self.text_field = text_field
+        field = ("text", str, msgspec.field(name=text_field))
+        self.decoder = msgspec.json.Decoder(msgspec.defstruct("Record", [field]))
+
+    def texts(self, block: bytes, where: Callable[[int], str], refuse: Refuse) -> list[str]:
+        """The texts of a block of whole lines; blank lines are passed over.
+
+        Args:
+            block: Some lines.
+            where: Names the line of the block with an index, from 0.
+            refuse: Told what is wrong with a line that is left out.
+        """
+        try:
+            texts: list[str] = [record.text for record in self.decoder.decode_lines(block)]
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return list(self.texts_by_line(block, where, refuse))
+        # As many lines as records: no line held two of them, and no record took two lines.
+        if len(texts) == block.count(b"\n") + (not block.endswith(b"\n")):
+            return texts
+        return list(self.texts_by_line(block, where, refuse))
+
+    def texts_by_line(
+        self, block: bytes, where: Callable[[int], str], refuse: Refuse
+    ) -> Iterator[str]:
+        """`texts` one by one."""
+        for index, line in enumerate(block.split(b"\n")):
+            if not line.strip():
+                continue
+            try:
+                yield self.decoder.decode(line).text
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                # Python's parser has the say: it takes NaN, and tells well what is wrong.
+                name = where(index)
+                try:
+                    yield text_of_record(parse_record(line, name), self.text_field, name)
+                except InputError as error:
+                    refuse(error)
+
+
+def parse_record(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line."""
+    text = decode(line, where).rstrip("\r\n")
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"{where}: not JSON ({error}): one JSON object a line is expected, "
+            f"found {excerpt(text)}"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: one JSON object a line is expected, found {json_type(record)}: "
+            f"{excerpt(text)}"
+        )
+    return record
+
+
+def text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
+    """The text field of a JSON object, checked."""
+    if text_field not in record:
+        raise InputError(
+            f"{where}: no field {text_field!r}. {choices('Fields', record, text_field)}"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise InputError(
+            f"{where}: the field {text_field!r} is to be a string, found {json_type(text)}"
+        )
+    return usable(text, where)
+
+
+def decode(line: bytes, where: str) -> str:
+    """A line as text; InputError where it is not UTF-8."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, error) from error
+
+
+def usable(text: str, where: str) -> str:
+    """`text`, unless it is too large or a JSON escape put half a surrogate pair in it."""
+    if len(text) > streams.LARGEST_DOCUMENT:
+        raise streams.too_large(where)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: the text holds half a surrogate pair at character {error.start}, which "
+                "UTF-8 cannot hold: repair the escape or leave the document out"
+            ) from error
+    return text
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
+    """The error for bytes that are not UTF-8."""
+    found = error.object[error.start : error.start + 4].hex(" ")
+    return InputError(f"{where}: not UTF-8 at these bytes: {found}. Convert the file to UTF-8")
+
+
+def choices(kind: str, names: Iterable[str], wanted: str) -> str:
+    """What there is instead of what was asked for, and what was perhaps meant."""
+    known = list(names)
+    close = difflib.get_close_matches(wanted, known, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{kind} that it has: {', '.join(known) or 'none'}.{meant} Set text_field in the config"
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a line, for a message."""
+    return repr(text[:60]) + ("..." if len(text) > 60 else "")
+
+
+def json_type(value: Any) -> str:
+    """The name of a JSON value's type."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")

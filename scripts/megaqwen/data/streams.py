@@ -1,0 +1,157 @@
+"""The bytes of a corpus's file: unpacked, digested on the way, and cut into blocks of whole lines."""
+
+import hashlib
+import io
+import lzma
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow
+
+from megaqwen.data.files import compression_of
+from megaqwen.errors import InputError
+
+LARGEST_DOCUMENT = 256 * 2**20  # bytes; a bound on memory, and on a file that lacks its newlines
+CORES = len(os.sched_getaffinity(0))
+BLOCK = 4 * 2**20 * min(CORES, 16)  # bytes of text that are worked on at once
+BUFFER = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class DigestedFile(io.RawIOBase):
+    """A file as it lies on the disk, whose digest is known when all of it was read."""
+
+    def __init__(self, path: Path):
+        """Open it."""
+        super().__init__()
+        self.stream = open(path, "rb", buffering=0)
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is; but only what is read from the beginning on has the file's digest."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a position."""
+        return self.stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes; 0 at the end."""
+        count = self.stream.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
+        return count
+
+    def digest(self) -> str:
+        """The SHA-256 of the whole file, in hex; reads what is left."""
+        while self.read(BUFFER):
+            pass
+        return self.sha256.hexdigest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.stream.close()
+        super().close()
+
+
+class UnpackedStream(io.RawIOBase):
+    """The unpacked bytes of a compressed file; a damaged or cut one is an InputError."""
+
+    def __init__(self, file: DigestedFile, path: Path):
+        """Read from `file`, which `path` names."""
+        super().__init__()
+        self.path = path
+        kind = compression_of(path)
+        self.source: Any = (
+            lzma.LZMAFile(cast(Any, io.BufferedReader(file, BUFFER)))
+            if kind == "xz"
+            else pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), kind)
+        )
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes; 0 at the end."""
+        try:
+            return int(self.source.readinto(buffer))
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise InputError(f"{self.path}: cannot be read: {error}: get it again") from error
+
+
+def open_unpacked(path: Path, file: DigestedFile) -> BinaryIO:
+    """A stream of a file's text, unpacked where it is compressed."""
+    if not compression_of(path):
+        return cast(BinaryIO, io.BufferedReader(file, BUFFER))
+    if path.stat().st_size == 0:
+        kind = compression_of(path)
+        raise InputError(f"{path}: 0 bytes, which is no {kind} file: get it again")
+    return cast(BinaryIO, io.BufferedReader(UnpackedStream(file, path), BUFFER))
+
+
+def line_blocks(
+    stream: BinaryIO, path: Path, start: int, stop: int | None, size: int
+) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin between two positions, in blocks of whole lines, each with its position.
+
+    Args:
+        stream: At its beginning; one that is to start further on can be sought in.
+        path: Its name, for messages.
+        start: Where the first line may begin, in bytes.
+        stop: Where no line begins any more; None is the end.
+        size: About how many bytes a block has.
+
+    Raises:
+        InputError: A line is longer than a document may be.
+    """
+    position = start
+    if start:
+        stream.seek(start - 1)
+        position += skip_line(stream) - 1
+    size = min(size, LARGEST_DOCUMENT)
+    while stop is None or position < stop:
+        block = stream.read(size if stop is None else min(size, stop - position))
+        if not block:
+            return
+        if not block.endswith(b"\n"):
+            block += stream.readline(LARGEST_DOCUMENT + 1)
+        last = block.rfind(b"\n", 0, -1) + 1
+        if len(block) - last > LARGEST_DOCUMENT:
+            number = lines_before(path, position) + block.count(b"\n", 0, last) + 1
+            raise too_large(f"{path}:{number}")
+        yield position, block if position else block.removeprefix(BYTE_ORDER_MARK)
+        position += len(block)
+
+
+def skip_line(stream: BinaryIO) -> int:
+    """Go to the beginning of the next line; the bytes that were passed over."""
+    passed = 0
+    while piece := stream.readline(BUFFER):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return passed
+
+
+def lines_before(path: Path, position: int) -> int:
+    """How many lines end before a position of a file: of a message's line number the beginning."""
+    count = 0
+    with DigestedFile(path) as file, open_unpacked(path, file) as stream:
+        while position > 0 and (block := stream.read(min(BLOCK, position))):
+            count += block.count(b"\n")
+            position -= len(block)
+    return count
+
+
+def too_large(where: str) -> InputError:
+    """The error for a document past the bound."""
+    return InputError(
+        f"{where}: a document of more than {LARGEST_DOCUMENT // 2**20} MiB: "
+        "split it into several, one a line of a .jsonl file"
+    )
