@@ -37,7 +37,8 @@ def first_occurrences(files: Sequence[Path]) -> NDArray[numpy.bool_]:
             high.append(records["high"][mine])
             low.append(records["low"][mine])
             first += len(records)
-        keep[repeated(*map(numpy.concatenate, (found, high, low)))] = False
+        again = repeated(numpy.concatenate(found), numpy.concatenate(high), numpy.concatenate(low))
+        keep[again] = False
     return keep
 
 

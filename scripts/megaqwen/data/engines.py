@@ -24,7 +24,8 @@ from megaqwen.data.tokenization import DocumentTokenizer
 
 CODE_POINTS = 0x110000
 THREE_BYTES = 0xE0  # the first byte, in UTF-8, of what comes after U+07FF; before it nothing is new
-BYTES_A_CACHE = 128 * 2**20  # of memory, for each core, that gigatoken may remember words in
+FOUR_BYTES = 0xF0  # and of what comes after U+FFFF
+BYTES_A_CACHE = 256 * 2**20  # of memory, for each core, that gigatoken may remember words in
 
 logger = logging.getLogger("megaqwen.data")
 
@@ -73,7 +74,7 @@ class GigatokenEngine:
     """gigatoken, with a bound on the memory that it takes."""
 
     name = "gigatoken"
-    reason = None
+    reason: str | None = None
 
     def __init__(self, tokenizer: DocumentTokenizer):
         """Load it.
@@ -103,8 +104,7 @@ class GigatokenEngine:
             self.memory_at_first = memory
         elif memory - self.memory_at_first > BYTES_A_CACHE * self.cores:
             self.renew()
-        pairs = enumerate(zip(texts, documents, strict=True))
-        apart = [number for number, pair in pairs if has_new_characters(*pair)]
+        apart = with_new_characters(texts, documents)
         if not apart:
             return tokens
         rows = numpy.split(tokens.ids, numpy.cumsum(tokens.lengths)[:-1])
@@ -179,9 +179,36 @@ def new_characters() -> NDArray[numpy.bool_]:
     return numpy.fromiter(categories, numpy.bool_, CODE_POINTS)
 
 
-def has_new_characters(text: str, document: bytes) -> bool:
-    """Whether a text, given also in UTF-8, has a character of a Unicode version after 15.0."""
-    if text.isascii() or numpy.frombuffer(document, numpy.uint8).max() < THREE_BYTES:
-        return False
-    points = numpy.frombuffer(text.encode("utf-32-le"), numpy.uint32)
+def with_new_characters(texts: Sequence[str], documents: Sequence[bytes]) -> list[int]:
+    """Which documents have a character of a Unicode version after 15.0."""
+    candidates = [number for number, text in enumerate(texts) if not text.isascii()]
+    if not has_new_characters(b"".join([documents[number] for number in candidates])):
+        return []
+    return [number for number in candidates if has_new_characters(documents[number])]
+
+
+def has_new_characters(document: bytes) -> bool:
+    """Whether a text in UTF-8 has a character of a Unicode version after 15.0."""
+    octets = numpy.frombuffer(document, numpy.uint8)
+    leads = octets >= THREE_BYTES
+    if numpy.count_nonzero(leads) * 8 < len(document):  # a few quotation marks among Latin letters
+        points = code_points(octets, numpy.flatnonzero(leads))
+    else:
+        points = numpy.frombuffer(document.decode().encode("utf-32-le"), numpy.uint32)
     return bool(new_characters().take(points).any())
+
+
+def code_points(octets: NDArray[numpy.uint8], starts: NDArray[numpy.int64]) -> NDArray[Any]:
+    """The code points of the characters of three or four bytes that begin at some positions."""
+
+    def low_bits(positions: NDArray[numpy.int64], offset: int) -> NDArray[Any]:
+        return octets[positions + offset].astype(numpy.uint32) & 0x3F
+
+    leads = octets[starts].astype(numpy.uint32)
+    points = (leads & 0x0F) << 12 | low_bits(starts, 1) << 6 | low_bits(starts, 2)
+    of_four = leads >= FOUR_BYTES
+    if of_four.any():
+        far = starts[of_four]
+        upper = (leads[of_four] & 0x07) << 18 | low_bits(far, 1) << 12
+        points[of_four] = upper | low_bits(far, 2) << 6 | low_bits(far, 3)
+    return points

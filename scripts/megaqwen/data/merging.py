@@ -4,6 +4,7 @@ How many parts there were does not show. The parts are read from one end to the 
 does not grow with them; deduplication alone takes a byte for each document.
 """
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ from megaqwen.words import counted, readable_bytes
 
 COPIED = 2**24  # bytes that are copied at once
 SAMPLE_TOKENS = 40
-SUMMED = ("documents", "empty_documents", "short_documents", "bad_documents")
-SUMMED += ("characters", "bytes", "tokens")
+SUMMED = (
+    *("documents", "empty_documents", "short_documents", "bad_documents"),
+    *("characters", "bytes", "tokens"),
+)
 
 logger = logging.getLogger("megaqwen.data")
 
@@ -183,7 +186,7 @@ def runs(keep: NDArray[numpy.bool_], lengths: NDArray[numpy.int32]) -> Iterator[
     (changes,) = numpy.nonzero(numpy.diff(keep))
     bounds = [0, *(changes + 1).tolist(), len(keep)]
     ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         yield bool(keep[start]), int(ends[stop] - ends[start])
 
 

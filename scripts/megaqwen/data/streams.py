@@ -26,7 +26,7 @@ class DigestedFile(io.RawIOBase):
     def __init__(self, path: Path):
         """Open it."""
         super().__init__()
-        self.stream = open(path, "rb", buffering=0)
+        self.stream = io.FileIO(path)
         self.sha256 = hashlib.sha256()
 
     def readable(self) -> bool:
@@ -67,11 +67,11 @@ class UnpackedStream(io.RawIOBase):
         super().__init__()
         self.path = path
         kind = compression_of(path)
-        self.source: Any = (
-            lzma.LZMAFile(cast(Any, io.BufferedReader(file, BUFFER)))
-            if kind == "xz"
-            else pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), kind)
-        )
+        self.source: Any
+        if kind == "xz":
+            self.source = lzma.open(cast(Any, io.BufferedReader(file, BUFFER)))  # noqa: SIM115
+        else:
+            self.source = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), kind)
 
     def readable(self) -> bool:
         """It is."""

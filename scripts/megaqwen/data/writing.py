@@ -9,7 +9,7 @@ import io
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 from numpy.typing import DTypeLike, NDArray
@@ -37,7 +37,7 @@ def digested_file(path: Path) -> Iterator[tuple[io.BufferedWriter, DigestingStre
     """A new file to write to, and the stream that knows its digest when the block has ended."""
     with open(path, "wb", buffering=0) as file:
         stream = DigestingStream(file)
-        writer = io.BufferedWriter(stream, BUFFER)
+        writer: io.BufferedWriter[Any] = io.BufferedWriter(cast(Any, stream), BUFFER)
         try:
             yield writer, stream
             writer.flush()
