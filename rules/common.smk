@@ -8,7 +8,7 @@ from megaqwen.data.files import corpus_files
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import check_writable, write_text
+from megaqwen.provenance import check_writable, write_json, write_text
 from megaqwen.sources.known import known_hf_config
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
 
@@ -22,6 +22,7 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+SHARDS = LAYOUT.shard_count(planning=workflow.is_main_process)
 STARTED = time.time()
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
@@ -63,6 +64,14 @@ def corpora_files(wildcards):
         raise WorkflowError(str(error)) from None
 
 
+def shard_manifests(wildcards):
+    """The shards that are merged into the data; none where one job does it all."""
+    directories = [f"{number}-of-{SHARDS}" for number in range(1, SHARDS + 1)]
+    return [
+        LAYOUT.shards / each / "manifest.json" for each in directories if SHARDS > 1
+    ]
+
+
 def model_files(wildcards):
     """What a model that is on disk already is made of: a newer file is converted again."""
     if CONFIG.model.source != "path":
@@ -93,6 +102,7 @@ def ranks_needed(wildcards):
 def store_resolved_config():
     """Keep the config that the run was made with, beside its results, where the stages read it."""
     write_text(RUN_CONFIG, resolved_yaml(CONFIG))
+    write_json(LAYOUT.shard_record, {"shards": SHARDS})
 
 
 def say_where_results_are():

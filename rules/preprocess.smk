@@ -1,7 +1,38 @@
+# With data.shards above 1; the number of shards is no param, so that another one redoes nothing.
+rule preprocess_shard:
+    input:
+        corpora_files,
+        model=rules.download.output.manifest,
+    output:
+        manifest=LAYOUT.shards / "{shard}-of-{shards}" / "manifest.json",
+    log:
+        LOGS / "preprocess_shard.{shard}-of-{shards}.log",
+    benchmark:
+        LOGS / "preprocess_shard.{shard}-of-{shards}.benchmark.tsv"
+    wildcard_constraints:
+        shard=r"\d+",
+        shards=r"\d+",
+    conda:
+        "../envs/megaqwen.yaml"
+    threads: 4
+    params:
+        command=stage_command("preprocess.py"),
+        digest=LAYOUT.stage_digest("preprocess"),
+        model=LAYOUT.model / "hf",
+        directory=subpath(output.manifest, parent=True),
+    message:
+        "preprocess: tokenize shard {wildcards.shard} of {wildcards.shards} of the corpora"
+    shell:
+        "HF_HUB_OFFLINE=1 RAYON_NUM_THREADS={threads} {params.command}"
+        " --model {params.model} --shard {wildcards.shard}/{wildcards.shards}"
+        " --output {params.directory} --log {log}"
+
+
 rule preprocess:
     input:
         corpora_files,
         model=rules.download.output.manifest,
+        shards=shard_manifests,
     output:
         manifest=LAYOUT.data / "manifest.json",
     log:
@@ -19,4 +50,4 @@ rule preprocess:
         "preprocess: tokenize the corpora into Megatron's .bin and .idx"
     shell:
         "HF_HUB_OFFLINE=1 {params.command}"
-        " --model {params.model} --output {params.directory} --log {log}"
+        " --model {params.model} --merge {input.shards} --output {params.directory} --log {log}"

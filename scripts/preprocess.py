@@ -2,57 +2,74 @@
 
 Every document is ended by <|endoftext|>. Text is only ever text: the characters of a special token in
 a document are split like any others. The output directory gets, for each corpus, NAME.bin and
-NAME.idx; card.json, which says what is in them (documents, tokens, bytes, unigram entropy in nats a
-token, a sample); and manifest.json. It appears under its name when all of it is there.
+NAME.idx; card.json, which says what is in them (documents, tokens, bytes, lengths, unigram entropy in
+nats a token, what was left out, a sample); and manifest.json. It appears under its name when all of it
+is there.
 
     python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --output DATA
+
+Several jobs can do it side by side; the result is the same to the byte:
+
+    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 1/2 --output A
+    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 2/2 --output B
+    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf \\
+        --merge A/manifest.json B/manifest.json --output DATA
 """
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from megaqwen.config import load_config
 from megaqwen.console import run_command, stage_parser
 from megaqwen.data.files import corpus_files
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, describe_files, new_directory, write_json
+from megaqwen.provenance import StageRecord, existing, new_directory
 
 logger = logging.getLogger("megaqwen.data")
 
 
 def preprocess(arguments: argparse.Namespace) -> None:
-    """Tokenize every corpus; see the module's docstring."""
+    """Tokenize every corpus, or a shard of each, or merge shards; see the module's docstring."""
     config = load_config(arguments.config)
-    record = StageRecord("preprocess", Layout(config=config).stage_config("preprocess"))
+    stage = "preprocess_shard" if arguments.shard else "preprocess"
+    record = StageRecord(stage, Layout(config=config).stage_config("preprocess"))
     model_manifest = find_model_manifest(arguments.model, arguments.model_manifest)
     for corpus in config.data.corpora:  # a missing file is told before the slow imports
         corpus_files(corpus)
+    inputs = {"model": model_manifest}
+    for number, manifest in enumerate(arguments.merge, start=1):
+        inputs[f"shard {number}"] = existing(manifest, "preprocess")
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from megaqwen.data.parts import tokenize_part
+    from megaqwen.data.pieces import Shard
     from megaqwen.data.tokenization import DocumentTokenizer
-    from megaqwen.data.tokenize_corpus import tokenize_corpus
+    from megaqwen.data.tokenize_corpus import tokenize_corpora
 
     tokenizer = DocumentTokenizer(arguments.model)
+    corpora = config.data.corpora
     with new_directory(arguments.output) as directory:
-        made = {
-            corpus.name: tokenize_corpus(corpus, tokenizer, directory)
-            for corpus in config.data.corpora
-        }
-        corpora = {name: card for name, (card, _) in made.items()}
-        known = {path: facts for _, files in made.values() for path, facts in files.items()}
-        card = {"tokenizer": tokenizer.describe(), "corpora": corpora}
-        files = describe_files(directory, known)
-        write_json(directory / "card.json", card)
-        record.write(
-            directory / "manifest.json",
-            inputs={"model": model_manifest},
-            results={**card, "files": files},
-        )
+        if arguments.shard:
+            index, count = arguments.shard
+            for corpus in corpora:
+                tokenize_part(corpus, tokenizer, directory, Shard(index=index - 1, count=count))
+            results: dict[str, Any] = {"shard": index, "shards": count}
+        else:
+            shards = [manifest.parent for manifest in arguments.merge]
+            results = tokenize_corpora(corpora, tokenizer, directory, shards)
+        record.write(directory / "manifest.json", inputs=inputs, results=results)
+    for manifest in arguments.merge:
+        shutil.rmtree(manifest.parent)
+        with contextlib.suppress(OSError):  # other shards are in it
+            manifest.parent.parent.rmdir()
     logger.info("tokenized data: %s", arguments.output)
 
 
@@ -69,6 +86,17 @@ def find_model_manifest(model: Path, given: Path | None) -> Path:
     return manifest
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """Two numbers of INDEX/COUNT, where 1 is the first."""
+    index, count = map(int, text.split("/"))
+    if not 1 <= index <= count:
+        raise ValueError
+    return index, count
+
+
+shard_of.__name__ = "shard (such as 2/8)"  # as argparse words its error
+
+
 def main() -> int:
     """The command."""
     parser = stage_parser(__doc__)
@@ -82,6 +110,15 @@ def main() -> int:
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="directory to make; an earlier one is replaced"
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--shard", type=shard_of, help="tokenize only this part, such as 2/8")
+    way.add_argument(
+        "--merge",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="manifests of all shards, in order; the shards are removed",
     )
     return run_command(preprocess, parser)
 

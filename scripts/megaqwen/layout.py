@@ -12,7 +12,7 @@ from typing import Any
 
 from megaqwen.config import Config
 from megaqwen.config.megatron_options import without_defaults
-from megaqwen.provenance import digest
+from megaqwen.provenance import digest, read_json
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
 RECIPE = {
@@ -43,7 +43,7 @@ class Layout:
         config = self.config.model_dump(mode="json")
         data = config["data"]
         weights = {corpus["name"]: corpus.pop("weight") for corpus in data["corpora"]}
-        data.pop("shards")
+        del data["shards"]  # how it is done, not what comes out
         match stage:
             case "download":
                 fields = {"model": config["model"]}
@@ -99,6 +99,31 @@ class Layout:
     def data(self) -> Path:
         """Preprocess's directory: one .bin and .idx a corpus, and manifest.json."""
         return self.results / "shared" / "data" / self.stage_digest("preprocess")
+
+    @cached_property
+    def shards(self) -> Path:
+        """Preprocess's shards until they are merged: a folder each, such as `2-of-8`."""
+        return self.data.with_name(f"{self.data.name}.shards")
+
+    def shard_count(self, *, planning: bool) -> int:
+        """Of how many shards the data is made.
+
+        Data that is there keeps the number that it was made of, so that another one in the config is
+        no reason to tokenize again. So does a job of a plan that was made before it.
+
+        Args:
+            planning: This process makes the plan; it is no job of it.
+        """
+        if planning and not (self.data / "manifest.json").is_file():
+            return self.config.data.shards
+        if self.shard_record.is_file():
+            return int(read_json(self.shard_record)["shards"])
+        return 1 if planning else self.config.data.shards
+
+    @cached_property
+    def shard_record(self) -> Path:
+        """The file that keeps the number of shards."""
+        return self.data.with_name(f"{self.data.name}.shards.json")
 
     @cached_property
     def gate(self) -> Path:

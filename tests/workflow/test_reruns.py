@@ -177,3 +177,36 @@ def test_nothing_trains_before_the_gate_has_passed(checkout: Checkout, failing: 
     ran = (checkout.directory / "ran.txt").read_text().split()
     assert ("train" in ran) == (failing != "parity_gate")
     assert "report" not in ran
+
+
+SHARDED = ("--configfile", "base.yaml", "sharded.yaml")
+SHARDS = {"preprocess_shard_1", "preprocess_shard_2", "preprocess_shard_3"}
+
+
+@pytest.fixture
+def sharded(finished: Checkout, checkout: Checkout) -> Checkout:
+    """A finished run whose data is to be made of three shards, without its data."""
+    overlay(checkout, "sharded.yaml", data={"shards": 3})
+    shutil.rmtree(checkout.directory / "results" / "shared" / "data")
+    return checkout
+
+
+def test_the_number_of_shards_tokenizes_nothing_again(sharded: Checkout, finished: Checkout) -> None:
+    more = overlay(finished, "more-shards.yaml", data={"shards": 5})
+    assert finished.plan("all", "--configfile", "base.yaml", more) == set()
+    assert SHARDS | {"preprocess"} <= set(sharded.run("all", *SHARDED))
+    data = sharded.directory / "results" / "shared" / "data"
+    shutil.rmtree(next(data.glob("*.shards")))  # as the merge does
+    overlay(sharded, "sharded.yaml", data={"shards": 5})
+    for words in (SHARDED, ("--configfile", "base.yaml")):
+        assert sharded.plan("all", *words) == set()
+    append("{}")(sharded.directory / "data" / "b.jsonl")
+    assert sharded.plan("all", *SHARDED) == DATA | {"preprocess_shard"}
+
+
+def test_a_shard_that_failed_is_done_again_alone(sharded: Checkout) -> None:
+    (sharded.directory / "failing.json").write_text('["preprocess_shard_2"]')
+    words = ("--profile", "local", "preprocess", *SHARDED)
+    assert sharded.snakemake(*words, "--keep-going").returncode != 0
+    (sharded.directory / "failing.json").write_text("[]")
+    assert sharded.run("preprocess", *SHARDED) == ["preprocess", "preprocess_shard_2"]

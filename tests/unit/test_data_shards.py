@@ -1,0 +1,145 @@
+"""Shards: every document in exactly one of them, and a result that does not show how many there were."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import ipc, parquet
+
+from megaqwen.config.sections import BuiltinCorpus, Corpus, FilesCorpus
+from megaqwen.data import streams
+from megaqwen.data.files import corpus_files
+from megaqwen.data.parts import tokenize_part
+from megaqwen.data.pieces import Shard, corpus_pieces
+from megaqwen.data.readers import Intake, corpus_texts
+from megaqwen.data.tokenization import DocumentTokenizer
+from megaqwen.data.tokenize_corpus import tokenize_corpora
+from megaqwen.errors import InputError
+from megaqwen.provenance import read_json, sha256_file
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_qwen3: Path) -> DocumentTokenizer:
+    return DocumentTokenizer(tiny_qwen3)
+
+
+def json_lines(texts: Sequence[str]) -> bytes:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def texts(kind: str, count: int) -> list[str]:
+    return [f"{kind} {number}: " + "um zwölf " * (number % 13) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of every kind, with blank lines, repeated documents and an empty file at the end."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "a.jsonl").write_bytes(json_lines(texts("a", 60)) + b"\n\n" + json_lines(["", "b"]))
+    (folder / "b.jsonl").write_bytes(json_lines([*texts("a", 20), *texts("b", 9)]).rstrip(b"\n"))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(json_lines(texts("c", 30))))
+    table = pyarrow.table({"id": range(100), "text": texts("d", 100)})
+    parquet.write_table(table, folder / "d.parquet", row_group_size=9)
+    (folder / "e.txt").write_text("a 0: ")
+    with ipc.new_stream(folder / "f.arrow", table.schema) as writer:
+        writer.write_table(table.slice(90))
+    (folder / "z.jsonl").write_bytes(b"")
+    return folder
+
+
+def mixed(folder: Path, **fields: Any) -> FilesCorpus:
+    values = {"source": "files", "name": "mixed.v1", "files": [str(folder / "*")], **fields}
+    return FilesCorpus.model_validate(values)
+
+
+def read(corpus: Corpus, shard: Shard, block: int | None = None) -> list[str]:
+    lists = corpus_texts(corpus, Intake(corpus.name), shard, block)
+    return [text for each in lists for text in each]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 50, 400])
+@pytest.mark.parametrize("block", [1, 100, None])
+def test_every_document_is_in_one_shard_and_in_order(
+    folder: Path, count: int, block: int | None
+) -> None:
+    corpus = mixed(folder)
+    shards = [Shard(index=index, count=count) for index in range(count)]
+    found = [text for shard in shards for text in read(corpus, shard, block)]
+    expected = [*texts("a", 60), "", "b", *texts("a", 20), *texts("b", 9), *texts("c", 30)]
+    assert found == [*expected, *texts("d", 100), "a 0: ", *texts("d", 100)[90:]]
+
+
+def test_shards_are_even_where_files_can_be_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("a", 1000)))
+    corpus = mixed(tmp_path)
+    sizes = [sum(map(len, read(corpus, Shard(index=index, count=7)))) for index in range(7)]
+    assert max(sizes) - min(sizes) < 0.05 * max(sizes)
+
+
+def test_a_plan_reads_nothing_of_the_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = mixed(folder)
+    read_bytes: list[Path] = []
+    monkeypatch.setattr(streams.DigestedFile, "__init__", lambda *words: read_bytes.append(words[1]))
+    assert corpus_pieces(corpus, Shard(index=1, count=3))
+    assert not read_bytes
+
+
+def test_the_builtin_corpus_is_all_in_the_first_shard() -> None:
+    corpus = BuiltinCorpus(source="builtin", name="docs")
+    assert read(corpus, Shard(index=0, count=2)) == read(corpus, Shard())
+    assert read(corpus, Shard(index=1, count=2)) == []
+
+
+@pytest.mark.parametrize("number", [1, 8, 20, 40])
+def test_a_wrong_line_has_the_number_that_it_has_in_the_file(tmp_path: Path, number: int) -> None:
+    lines = [json.dumps({"text": f"number {index}"}).encode() for index in range(40)]
+    lines[number - 1] = b"not JSON"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    told = []
+    for index in range(6):
+        try:
+            read(mixed(tmp_path), Shard(index=index, count=6), block=50)
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) == 1 and told[0].startswith(f"{path}:{number}: not JSON")
+
+
+def made(
+    corpora: Sequence[Corpus], tokenizer: DocumentTokenizer, directory: Path, count: int
+) -> dict[str, Any]:
+    """Data merged from shards; its files' digests are checked."""
+    shards = []
+    for index in range(count):
+        shards.append(directory / f"{index}")
+        shards[-1].mkdir(parents=True)
+        for corpus in corpora:
+            tokenize_part(corpus, tokenizer, shards[-1], Shard(index=index, count=count))
+    (directory / "data").mkdir(parents=True)
+    results = tokenize_corpora(corpora, tokenizer, directory / "data", shards)
+    for name, facts in results["files"].items():
+        assert facts["sha256"] == sha256_file(directory / "data" / name)
+    return results
+
+
+@pytest.mark.parametrize("fields", [{}, {"deduplicate": True, "min_characters": 8}], ids=str)
+def test_the_result_does_not_show_the_shards(
+    folder: Path, tokenizer: DocumentTokenizer, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    corpora = [mixed(folder, **fields), BuiltinCorpus(source="builtin", name="docs")]
+    first = made(corpora, tokenizer, tmp_path / "one", 0)
+    for count in (1, 2, 5, 30):
+        directory = tmp_path / f"{count}"
+        assert made(corpora, tokenizer, directory, count)["files"] == first["files"]
+        for path in (tmp_path / "one" / "data").iterdir():
+            assert path.read_bytes() == (directory / "data" / path.name).read_bytes(), path.name
+    sources = read_json(tmp_path / "one" / "data" / "card.json")["corpora"]["mixed.v1"]["sources"]
+    assert [source["sha256"] for source in sources] == [
+        sha256_file(path) for path in corpus_files(corpora[0])
+    ]
+    names = {"card.json", "docs.bin", "docs.idx", "mixed.v1.bin", "mixed.v1.idx"}
+    assert {path.name for path in (tmp_path / "one" / "data").iterdir()} == names
