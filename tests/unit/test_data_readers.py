@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import logging
 import lzma
 import tracemalloc
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from pathlib import Path
 import pyarrow
 import pytest
 import zstandard
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from megaqwen.config.sections import BuiltinCorpus, FilesCorpus
 from megaqwen.data import streams
 from megaqwen.data.builtin import builtin_documents
-from megaqwen.data.readers import corpus_documents
+from megaqwen.data.readers import Intake, corpus_documents, corpus_texts
 from megaqwen.errors import InputError
 
 TEXTS = ["first", "", "zwei\nZeilen", "今天天气很好", "a line\u2028separator \x00 and a zero"]
@@ -263,3 +264,109 @@ def test_a_cut_parquet_file(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-100])
     assert refusal(path).startswith(f"{path}: not a readable Parquet file: ")
+
+
+# Data sets that datasets saved
+
+
+def save_to_disk(directory: Path, texts: list[str], files: int = 2) -> Path:
+    """As datasets' save_to_disk does it: Arrow streams, and state.json that names them in order."""
+    directory.mkdir()
+    names = [f"data-{number:05}-of-{files:05}.arrow" for number in range(files)]
+    size = -(-len(texts) // files)
+    for number, name in enumerate(names):
+        table = pyarrow.table({"text": texts[number * size : (number + 1) * size]})
+        with ipc.new_stream(directory / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (directory / "state.json").write_text(json.dumps(state))
+    (directory / "dataset_info.json").write_text("{}")
+    return directory
+
+
+def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
+    directory = save_to_disk(tmp_path / "saved", TEXTS * 4)
+    assert read(directory) == TEXTS * 4
+    table = pyarrow.table({"body": ["in the file format"]})
+    with ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path / "a.arrow", text_field="body") == ["in the file format"]
+
+
+def test_a_saved_data_set_that_is_damaged(tmp_path: Path) -> None:
+    directory = save_to_disk(tmp_path / "saved", TEXTS)
+    told = refusal(directory, text_field="texts")
+    assert "no column 'texts'. Columns that it has: text. Did you mean 'text'?" in told
+    second = directory / "data-00001-of-00002.arrow"
+    second.write_bytes(second.read_bytes()[:-40])
+    assert refusal(directory).startswith(f"{second}: not a readable Arrow file: ")
+    second.unlink()
+    assert refusal(directory).endswith(f"lacks {second}: save the data set again")
+    (directory / "state.json").write_text("{}")
+    assert "state.json is not what save_to_disk writes" in refusal(directory)
+
+
+# What may be wrong
+
+
+def tolerant(path: Path, tolerated: int) -> FilesCorpus:
+    values = {"source": "files", "name": "notes", "files": [str(path)]}
+    return FilesCorpus.model_validate({**values, "max_bad_documents": tolerated})
+
+
+def take(path: Path, tolerated: int) -> tuple[list[str], Intake]:
+    intake = Intake("notes", tolerated)
+    lists = corpus_texts(tolerant(path, tolerated), intake)
+    return [text for texts in lists for text in texts], intake
+
+
+BAD_LINES = [b"not JSON", b'{"text": "caf\xe9"}', b'{"text": 1}', b"{}", b'{"text": "\\ud83d"}']
+
+
+def test_bad_lines_within_the_tolerance_are_left_out_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [json.dumps({"text": f"good {number}"}).encode() for number in range(len(BAD_LINES))]
+    lines = [line for pair in zip(good, BAD_LINES, strict=True) for line in pair]
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    monkeypatch.setattr(logging.getLogger("megaqwen"), "propagate", True)
+    texts, intake = take(path, len(BAD_LINES))
+    assert texts == [f"good {number}" for number in range(len(BAD_LINES))]
+    assert intake.bad == len(BAD_LINES)
+    logged = [record.getMessage() for record in caplog.records]
+    assert [message.split(": ")[:3] for message in logged] == [
+        ["notes", "left out", f"{path}:{number}"] for number in (2, 4, 6, 8, 10)
+    ]
+
+
+def test_one_bad_line_too_many_names_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + b"\n".join(BAD_LINES))
+    with pytest.raises(InputError) as error:
+        take(path, 2)
+    told = str(error.value).splitlines()
+    assert told[0].startswith("corpus notes: more than 2 documents cannot be used, which is what")
+    assert [line.strip().split(": ")[0] for line in told[1:]] == [f"{path}:{n}" for n in (2, 3, 4)]
+
+
+def test_bad_rows_and_bad_text_files_are_tolerated_too(tmp_path: Path) -> None:
+    texts = ["a", None, "b"]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert take(tmp_path / "a.parquet", 1)[0] == ["a", "b"]
+    write(tmp_path / "a.txt", b"\xff")
+    write(tmp_path / "b.txt", b"good")
+    found, intake = take(tmp_path / "*.txt", 1)
+    assert (found, intake.bad) == (["good"], 1)
+
+
+def test_a_damaged_file_is_never_tolerated(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9])
+    with pytest.raises(InputError, match="get it again"):
+        take(path, 100)
+
+
+def test_an_object_a_line_is_expected_however_well_others_can_be_read(tmp_path: Path) -> None:
+    two = write(tmp_path / "a.jsonl", b'{"text": "a"} {"text": "b"}\n')
+    assert refusal(two).startswith(f"{two}:1: not JSON (Extra data")
+    spread = write(tmp_path / "b.jsonl", b'{"text":\n"a"}\n')
+    assert refusal(spread).startswith(f"{spread}:1: not JSON")
+    assert read(write(tmp_path / "c.jsonl", b'{"text": "a", "score": NaN}\n')) == ["a"]

@@ -83,7 +83,9 @@ def test_shards_are_even_where_files_can_be_cut(tmp_path: Path) -> None:
 def test_a_plan_reads_nothing_of_the_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = mixed(folder)
     read_bytes: list[Path] = []
-    monkeypatch.setattr(streams.DigestedFile, "__init__", lambda *words: read_bytes.append(words[1]))
+    monkeypatch.setattr(
+        streams.DigestedFile, "__init__", lambda *words: read_bytes.append(words[1])
+    )
     assert corpus_pieces(corpus, Shard(index=1, count=3))
     assert not read_bytes
 

@@ -191,7 +191,9 @@ def sharded(finished: Checkout, checkout: Checkout) -> Checkout:
     return checkout
 
 
-def test_the_number_of_shards_tokenizes_nothing_again(sharded: Checkout, finished: Checkout) -> None:
+def test_the_number_of_shards_tokenizes_nothing_again(
+    sharded: Checkout, finished: Checkout
+) -> None:
     more = overlay(finished, "more-shards.yaml", data={"shards": 5})
     assert finished.plan("all", "--configfile", "base.yaml", more) == set()
     assert SHARDS | {"preprocess"} <= set(sharded.run("all", *SHARDED))
