@@ -190,7 +190,7 @@ def with_new_characters(texts: Sequence[str], documents: Sequence[bytes]) -> lis
 def has_new_characters(document: bytes) -> bool:
     """Whether a text in UTF-8 has a character of a Unicode version after 15.0."""
     octets = numpy.frombuffer(document, numpy.uint8)
-    leads = octets >= THREE_BYTES
+    leads = numpy.greater_equal(octets, THREE_BYTES)
     if numpy.count_nonzero(leads) * 8 < len(document):  # a few quotation marks among Latin letters
         points = code_points(octets, numpy.flatnonzero(leads))
     else:
