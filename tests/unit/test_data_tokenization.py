@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -19,8 +20,11 @@ from megatron.core.datasets.indexed_dataset import (
 from transformers import AutoTokenizer
 
 from megaqwen.config.sections import FilesCorpus
-from megaqwen.data import streams
+from megaqwen.data import deduplication, streams
+from megaqwen.data.parts import tokenize_part
+from megaqwen.data.pieces import Shard
 from megaqwen.data.splits import check_shares, heldout_documents, split_documents
+from megaqwen.data.statistics import length_figures
 from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.tokenize_corpus import tokenize_corpus
 from megaqwen.errors import InputError
@@ -204,6 +208,111 @@ def test_the_card_counts_what_is_on_disk(tmp_path: Path, tokenizer: DocumentToke
         ],
     }
     assert tokens == (tmp_path / "notes.bin").stat().st_size // 2
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 70_000, 2**20, 3], [2, 2], [7, 9, 70_000] * 400])
+def test_length_figures(lengths: list[int]) -> None:
+    chunks = [numpy.array(lengths[:2], numpy.int32), numpy.array(lengths[2:], numpy.int32)]
+    figures = length_figures(len(lengths), lambda: filter(len, chunks))
+    assert figures["median_document_tokens"] == float(numpy.median(lengths))
+    assert figures["longest_document_tokens"] == max(lengths)
+    histogram = figures["length_histogram"]
+    assert sum(part["documents"] for part in histogram) == len(lengths)
+    for part in histogram:
+        inside = [length for length in lengths if part["from"] <= length < part["below"]]
+        assert part["documents"] == len(inside)
+    assert histogram[0]["documents"] and histogram[-1]["documents"]
+
+
+# What is left out
+
+
+@pytest.mark.parametrize("at_once", [4, 2**22])
+def test_duplicates_are_left_out_as_if_they_had_never_been_there(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(deduplication, "AT_ONCE", at_once)
+    texts = [f"document {number % 7} {'zwölf ' * (number % 7)}" for number in range(40)]
+    texts[20:20] = ["only once", " ", "document 1"]
+    unique = list(dict.fromkeys(texts))
+    (tmp_path / "unique").mkdir()
+    plain_card, _ = tokenize_corpus(
+        corpus(tmp_path / "unique" / "notes.jsonl", unique), tokenizer, tmp_path / "unique"
+    )
+    card, _ = tokenize_corpus(
+        corpus(tmp_path / "notes.jsonl", texts, deduplicate=True), tokenizer, tmp_path
+    )
+    assert card["duplicate_documents_skipped"] == len(texts) - len(unique)
+    for key in card.keys() - {"duplicate_documents_skipped", "sources"}:
+        assert card[key] == plain_card[key], key
+    for name in ("notes.bin", "notes.idx"):
+        assert sha256_file(tmp_path / name) == sha256_file(tmp_path / "unique" / name)
+    assert not list(tmp_path.glob(".notes*")) and not list(tmp_path.glob("notes.doc*"))
+
+
+def test_short_documents_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: DocumentTokenizer
+) -> None:
+    texts = ["seven!!", "eight!!!", "今天天气很好今天", "今天天气很好今", "", "nine chars"]
+    notes = corpus(tmp_path / "notes.jsonl", texts, min_characters=8)
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
+    assert (card["short_documents_skipped"], card["empty_documents_skipped"]) == (2, 1)
+    kept = [tokenizer.decode(document[:-1]) for document in documents(tmp_path / "notes")]
+    assert kept == ["eight!!!", "今天天气很好今天", "nine chars"]
+    with pytest.raises(InputError, match="none of them has any text of 50 characters"):
+        tokenize_corpus(notes.model_copy(update={"min_characters": 50}), tokenizer, tmp_path)
+
+
+def test_bad_documents_of_all_shards_together_are_held_against_the_tolerance(
+    tmp_path: Path, tokenizer: DocumentTokenizer
+) -> None:
+    path = tmp_path / "notes.jsonl"
+    notes = corpus(path, ["a good document"] * 9, max_bad_documents=2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([b"bad\n", *lines[:4], b"bad\n", *lines[4:]]))
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
+    assert (card["bad_documents_skipped"], card["documents"]) == (2, 9)
+    path.write_bytes(path.read_bytes() + b"bad\n")
+    shards = [tmp_path / "0", tmp_path / "1"]
+    for index, directory in enumerate(shards):
+        directory.mkdir()
+        tokenize_part(notes, tokenizer, directory, Shard(index=index, count=2))
+    with pytest.raises(InputError) as error:
+        tokenize_corpus(notes, tokenizer, tmp_path, shards)
+    told = str(error.value)
+    assert told.startswith("corpus notes: more than 2 documents cannot be used, which is what")
+    assert [f"{path}:{number}: not JSON" in told for number in (1, 6, 12)] == [True] * 3
+
+
+# Separators
+
+
+def samples(prefix: Path, cache: Path, end: EndOfDocument) -> list[dict[str, Any]]:
+    """What Megatron trains on."""
+    parts = Corpora(
+        prefixes=[prefix], weights=[1.0], split=[1, 0, 0], seed=1, cache=cache, tokenizer=end
+    )
+    config = dataset_config(parts, sequence_length=16)
+    (blended, *_) = BlendedMegatronDatasetBuilder(
+        GPTDataset, [4, 0, 0], lambda: True, config
+    ).build()
+    return [blended[index] for index in range(4)]
+
+
+def test_the_ends_of_documents_are_trained_on(
+    tmp_path: Path, tokenizer: DocumentTokenizer, plain: Any
+) -> None:
+    tokenize_corpus(corpus(tmp_path / "notes.jsonl", ["a b"] * 40), tokenizer, tmp_path)
+    end = tokenizer.end_of_document
+    ours = samples(tmp_path / "notes", tmp_path / "ours", EndOfDocument(eod=end, vocab_size=2560))
+    for sample in ours:
+        assert end in sample["labels"] and end in sample["tokens"]
+        assert sample["loss_mask"].all()
+    # The trap: with an Instruct tokenizer's eos and pad token the ends are masked and made id 0.
+    turn = plain.convert_tokens_to_ids("<|im_end|>")
+    trap = EndOfDocument(eod=turn, vocab_size=2560, pad=end)
+    for sample in samples(tmp_path / "notes", tmp_path / "trap", trap):
+        assert end not in sample["tokens"] and not sample["loss_mask"].all()
 
 
 # Held-out documents
