@@ -27,6 +27,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     from megaqwen.report import figures, pages
     from megaqwen.report.card import model_card
+    from megaqwen.report.data import data_section
     from megaqwen.training.metrics import read_metrics
 
     train = next(item for item in manifests if item["stage"] == "train")
@@ -47,6 +48,7 @@ def report(arguments: argparse.Namespace) -> None:
             ("Summary", pages.summary_table(manifests)),
             ("Loss", loss),
             ("Learning rate, gradient norm, throughput", rates),
+            ("Data", data_section(manifests)),
             ("Parity", parity),
             ("Stages", stages),
             ("Config", f"<pre>{html.escape(text)}</pre>"),

@@ -23,7 +23,7 @@ RECIPE = {
     "parity": 2,
     "train": 1,
     "export": 1,
-    "report": 1,
+    "report": 2,
 }
 
 

@@ -35,7 +35,23 @@ RESULTS: dict[str, dict[str, Any]] = {
     "convert": {"tensors": 46},
     "preprocess": {
         "corpora": {
-            "notes": {"tokens": 7654321, "documents": 4321},
+            "notes": {
+                "tokens": 7654321,
+                "documents": 4321,
+                "bytes": 30_000_123,
+                "tokens_per_byte": 0.255,
+                "median_document_tokens": 1401.5,
+                "empty_documents_skipped": 12,
+                "short_documents_skipped": 0,
+                "bad_documents_skipped": 1,
+                "duplicate_documents_skipped": 1999,
+                "length_histogram": [
+                    {"from": 512, "below": 1024, "documents": 1080},
+                    {"from": 1024, "below": 2048, "documents": 3241},
+                ],
+                "engine": {"name": "tokenizers", "reason": "<i>not</i> supported"},
+                "sample": TEXT,
+            },
             "more": {"tokens": 55, "documents": 2},
         }
     },
@@ -203,6 +219,18 @@ def test_the_page_has_the_runs_figures(page: Page) -> None:
     ]
     assert [row[0] for row in page.rows if len(row) == 7] == ["stage", *RESULTS]
     assert ["torch", "2.11.0"] in [[row[0], row[1].partition("+")[0]] for row in page.rows[-20:]]
+
+
+def test_the_data_is_told(page: Page, text: str) -> None:
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 8}
+    counts = ["4,321", "7,654,321", "30,000,123", "0.255", "1,401.5"]
+    counts += ["12 empty, 1 bad, 1,999 duplicate"]
+    assert rows["notes"] == [*counts, "tokenizers: <i>not</i> supported"]
+    assert rows["more"][:2] == ["2", "55"]
+    assert ["512 to 1,023", "1,080", ""] in page.rows
+    assert ["1,024 to 2,047", "3,241", ""] in page.rows
+    assert "width: 33.3%" in text and "width: 100.0%" in text
+    assert ["notes", TEXT] in page.rows
 
 
 def test_the_page_needs_nothing_from_elsewhere(page: Page, text: str) -> None:

@@ -1,0 +1,63 @@
+"""The data of a report: what each corpus has, what was left out of it, and how long documents are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megaqwen.report.pages import ENVIRONMENT, Manifest, by_stage, table
+
+LEFT_OUT = ("empty", "short", "bad", "duplicate")
+HISTOGRAM = """<h3>{{ name }}: documents by their tokens</h3>
+<table class="lengths">
+{% for label, documents, share in bars %}<tr><td>{{ label }}</td><td>{{ documents }}</td>
+<td style="width: 60%"><div style="width: {{ share }}%; height: .8rem; background: #4a78b5"></div></td></tr>
+{% endfor %}</table>
+"""
+
+
+def data_section(manifests: Sequence[Manifest]) -> str:
+    """A table of the corpora, their documents' lengths, and the beginning of each corpus."""
+    corpora = by_stage(manifests)["preprocess"]["results"]["corpora"]
+    header = (
+        *("corpus", "documents", "tokens", "bytes", "tokens per byte"),
+        *("median document", "left out", "engine"),
+    )
+    counts = table(header, [row(name, card) for name, card in corpora.items()])
+    histograms = [
+        histogram(name, card["length_histogram"])
+        for name, card in corpora.items()
+        if "length_histogram" in card
+    ]
+    samples = [(name, card["sample"]) for name, card in corpora.items() if "sample" in card]
+    beginnings = table(("corpus", "its first tokens, decoded"), samples) if samples else ""
+    return counts + "".join(histograms) + beginnings
+
+
+def row(name: str, card: Mapping[str, Any]) -> tuple[str, ...]:
+    """A corpus in the table."""
+    numbers = [(kind, card.get(f"{kind}_documents_skipped", 0)) for kind in LEFT_OUT]
+    left_out = ", ".join(f"{number:,} {kind}" for kind, number in numbers if number)
+    engine = card.get("engine") or {}
+    return (
+        name,
+        f"{card['documents']:,}",
+        f"{card['tokens']:,}",
+        f"{card['bytes']:,}" if "bytes" in card else "",
+        f"{card['tokens_per_byte']:.3f}" if "tokens_per_byte" in card else "",
+        f"{card['median_document_tokens']:,g}" if "median_document_tokens" in card else "",
+        left_out or "none",
+        ": ".join(filter(None, (engine.get("name"), engine.get("reason")))),
+    )
+
+
+def histogram(name: str, parts: Sequence[Mapping[str, int]]) -> str:
+    """How many documents have how many tokens, as bars."""
+    most = max(part["documents"] for part in parts)
+    bars = [
+        (
+            f"{part['from']:,} to {part['below'] - 1:,}",
+            f"{part['documents']:,}",
+            f"{100 * part['documents'] / most:.1f}",
+        )
+        for part in parts
+    ]
+    return ENVIRONMENT.from_string(HISTOGRAM).render(name=name, bars=bars)
