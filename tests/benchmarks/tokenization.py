@@ -1,0 +1,370 @@
+"""Speed and memory of tokenization with Qwen's own vocabulary, over text that this machine has.
+
+    uv run python tests/benchmarks/tokenization.py speed --directory /tmp/tokens --megabytes 250
+    uv run python tests/benchmarks/tokenization.py memory --directory /tmp/tokens --megabytes 50 500 2000
+
+`speed` measures, in turn and each in a process of its own: a corpus from JSON lines to .bin, .idx and
+card; gigatoken's bare encode of the same documents, which lie in memory already; and, over a part of
+the corpus, the plain way, which is a document at a time in as many processes as there are cores, with
+Megatron's builder. Loading a tokenizer is in none of them; `preparing` says what ours takes before it
+starts: loading the tokenizer, and the comparison of gigatoken with tokenizers.
+
+`memory` runs scripts/preprocess.py and tells its peak.
+
+Qwen's ranks (qwen.tiktoken) come out of PyPI's dashscope wheel, which is downloaded and not installed.
+They are made into the tokenizer.json of a Qwen2 and checked against tiktoken. The corpus is source code
+and documentation below the folders that --text names, no file twice.
+"""
+
+import argparse
+import base64
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+WHEEL = "dashscope"
+RANKS = "dashscope/resources/qwen.tiktoken"
+MARKUP = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+SUFFIXES = {
+    *(".py", ".pyi", ".md", ".rst", ".txt", ".html", ".js", ".json", ".c", ".h", ".hpp", ".cpp"),
+    *(".cc", ".cuh", ".rs", ".go", ".ts", ".css", ".po", ".xml", ".pod", ".pm", ".sh", ".tcl"),
+}
+LARGEST_FILE = 400_000  # bytes: larger ones are data
+TEXT = (sys.prefix, sys.base_prefix, "/usr/share", "/usr/include", "/usr/lib", "/opt")
+PLAIN_BYTES = 20_000_000
+WARM = [b"some words " * 100_000] * 4
+
+
+# The tokenizer
+
+
+def fetch_ranks(directory: Path) -> Path:
+    """qwen.tiktoken out of the wheel."""
+    path = directory / "qwen.tiktoken"
+    if not path.is_file():
+        with urllib.request.urlopen(f"https://pypi.org/pypi/{WHEEL}/json") as answer:
+            files = json.load(answer)["urls"]
+        (url,) = (each["url"] for each in files if each["packagetype"] == "bdist_wheel")
+        wheel = directory / "dashscope.whl"
+        urllib.request.urlretrieve(url, wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            path.write_bytes(archive.read(RANKS))
+    return path
+
+
+def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The last merge that makes a token of several bytes, by the ranks before its own."""
+    parts = [bytes([octet]) for octet in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def make_model(directory: Path) -> Path:
+    """A Hugging Face directory with Qwen's tokenizer, and a config.json of its vocabulary's size."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    model = directory / "model" / "hf"
+    if (model / "tokenizer.json").is_file():
+        return model
+    lines = fetch_ranks(directory).read_bytes().split(b"\n")
+    pairs = (line.split() for line in lines if line.strip())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    letters = bytes_to_unicode()
+
+    def written(token: bytes) -> str:
+        return "".join(letters[octet] for octet in token)
+
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    merges: Any = [
+        tuple(map(written, merge_of(token, ranks))) for token in in_order if len(token) > 1
+    ]
+    tokenizer = Qwen2Tokenizer(
+        vocab={written(token): rank for token, rank in ranks.items()},
+        merges=merges,
+        additional_special_tokens=list(SPECIAL),
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in MARKUP])
+    model.mkdir(parents=True, exist_ok=True)
+    check_with_tiktoken(tokenizer, ranks)
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 151_936}))
+    (model.parent / "manifest.json").write_text("{}")
+    return model
+
+
+def check_with_tiktoken(tokenizer: Any, ranks: dict[bytes, int]) -> None:
+    """The ids of the hard texts are tiktoken's with the same ranks."""
+    import unicodedata
+
+    import tiktoken
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    from megaqwen.data.hard_texts import HARD_TEXTS
+
+    truth = tiktoken.Encoding(
+        "qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens={}
+    )
+    for text in HARD_TEXTS:
+        normal = unicodedata.normalize("NFC", text)
+        if not any(token in text for token in ("<|endoftext|>", *SPECIAL, *MARKUP)):
+            assert tokenizer.encode(text) == truth.encode_ordinary(normal), text
+
+
+# The corpus
+
+
+def texts(folders: list[str]) -> Iterator[str]:
+    """The text files below some folders, no text twice."""
+    seen: set[bytes] = set()
+    for folder in dict.fromkeys(folders):
+        for place, below, names in os.walk(folder):
+            below.sort()
+            for path in (Path(place) / name for name in sorted(names)):
+                if path.suffix not in SUFFIXES or path.is_symlink():
+                    continue
+                try:
+                    content = path.read_bytes()
+                    text = content.decode()
+                except (OSError, UnicodeDecodeError):
+                    continue
+                digest = hashlib.blake2b(content, digest_size=12).digest()
+                if len(content) <= LARGEST_FILE and text.strip() and digest not in seen:
+                    seen.add(digest)
+                    yield text
+
+
+def make_corpus(directory: Path, megabytes: int, folders: list[str]) -> Path:
+    """JSON lines of about so many megabytes of text, taken evenly from what there is."""
+    path = directory / f"corpus-{megabytes}.jsonl"
+    if path.is_file():
+        return path
+    everything = directory / "everything.jsonl"
+    if not everything.is_file():
+        with open(directory / "everything.partial", "w", encoding="utf-8") as stream:
+            for text in texts(folders):
+                stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        (directory / "everything.partial").rename(everything)
+    wanted, there = megabytes * 10**6, everything.stat().st_size
+    taken = seen = 0
+    with open(everything, "rb") as lines, open(path, "wb") as stream:
+        for line in lines:
+            seen += len(line)
+            if taken * there <= wanted * seen:
+                stream.write(line)
+                taken += len(line)
+    if taken < 0.95 * wanted:
+        print(f"only {taken / 1e6:.0f} MB of text are below the folders of --text")
+    return path
+
+
+def documents_of(corpus: Path, limit: int | None = None) -> list[str]:
+    """The texts of a corpus, up to so many bytes."""
+    found, size = [], 0
+    with open(corpus, "rb") as lines:
+        for line in lines:
+            found.append(json.loads(line)["text"])
+            size += len(line)
+            if limit and size > limit:
+                break
+    return found
+
+
+# What is measured, each in a process of its own
+
+
+def ours(directory: Path, corpus: Path) -> dict[str, float]:
+    """JSON lines to .bin, .idx and card."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from megaqwen.config.sections import FilesCorpus
+    from megaqwen.data import parts
+    from megaqwen.data.allocator import keep_freed_memory
+    from megaqwen.data.engines import choose_engine
+    from megaqwen.data.readers import sample_texts
+    from megaqwen.data.tokenization import DocumentTokenizer
+    from megaqwen.data.tokenize_corpus import tokenize_corpus
+    from megaqwen.provenance import new_directory
+
+    keep_freed_memory()
+    values = {"source": "files", "name": "corpus", "files": [str(corpus)]}
+    section = FilesCorpus.model_validate(values)
+    start = time.monotonic()
+    tokenizer = DocumentTokenizer(make_model(directory))
+    engine = choose_engine(tokenizer, "corpus", sample_texts(section))
+    preparing = time.monotonic() - start
+    assert engine.name == "gigatoken", engine.reason
+    parts.choose_engine = lambda *words: engine  # it was timed already
+    with new_directory(directory / "data") as output:
+        start = time.monotonic()
+        card, _ = tokenize_corpus(section, tokenizer, output)
+        seconds = time.monotonic() - start
+    return {"bytes": card["bytes"], "seconds": seconds, "preparing": preparing}
+
+
+def bare(directory: Path, corpus: Path) -> dict[str, float]:
+    """gigatoken's encode of the documents, in memory, all at once."""
+    import gigatoken
+
+    from megaqwen.data.engines import without_specials
+    from megaqwen.data.tokenization import DocumentTokenizer
+
+    content = without_specials(DocumentTokenizer(make_model(directory)))
+    documents = [text.encode() for text in documents_of(corpus)]
+    tokenizer = gigatoken.Tokenizer.from_json(content)
+    tokenizer.encode_batch(WARM)
+    start = time.monotonic()
+    tokenizer.encode_batch(documents)
+    seconds = time.monotonic() - start
+    return {"bytes": sum(map(len, documents)), "seconds": seconds}
+
+
+def load_plain(model: Path) -> None:
+    """Each worker of the plain way has its tokenizer."""
+    global PLAIN  # a worker's own, as in any pool
+    from transformers import AutoTokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    PLAIN = AutoTokenizer.from_pretrained(model)
+
+
+def encode_plain(line: bytes) -> tuple[list[int], int]:
+    """A line of JSON to ids, ended."""
+    text = json.loads(line)["text"]
+    return [*PLAIN(text).input_ids, PLAIN.eos_token_id], len(text.encode())
+
+
+def plain(directory: Path, corpus: Path) -> dict[str, float]:
+    """A document at a time in a pool of processes, as Megatron-LM's tools/preprocess_data.py."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    with open(corpus, "rb") as stream:
+        every = max(corpus.stat().st_size // PLAIN_BYTES, 1)
+        lines = list(itertools.islice(stream, 0, None, every))
+    cores = len(os.sched_getaffinity(0))
+    model = make_model(directory)
+    builder = IndexedDatasetBuilder(str(directory / "plain.bin"), dtype=numpy.int32)
+    with multiprocessing.Pool(cores, load_plain, (model,)) as pool:
+        pool.map(encode_plain, lines[: 4 * cores])
+        size = 0
+        start = time.monotonic()
+        for ids, count in pool.imap(encode_plain, lines, 32):
+            builder.add_document(ids, [len(ids)])
+            size += count
+        builder.finalize(str(directory / "plain.idx"))
+        seconds = time.monotonic() - start
+    return {"bytes": size, "seconds": seconds}
+
+
+WAYS = {"ours": ours, "bare": bare, "plain": plain}
+
+
+def measured(way: str, directory: Path, corpus: Path) -> dict[str, float]:
+    """A way's figures, from a new process."""
+    command = [
+        sys.executable,
+        __file__,
+        way,
+        "--directory",
+        str(directory),
+        "--corpus",
+        str(corpus),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def speed(directory: Path, megabytes: int, pairs: int, folders: list[str]) -> None:
+    """Print a line for each pair, and one for the plain way."""
+    corpus = make_corpus(directory, megabytes, folders)
+    make_model(directory)
+    ratios, rates = [], []
+    for pair in range(pairs):
+        order = ("ours", "bare") if pair % 2 else ("bare", "ours")
+        found = {way: measured(way, directory, corpus) for way in order}
+        rate = {way: each["bytes"] / each["seconds"] / 1e6 for way, each in found.items()}
+        ratios.append(rate["ours"] / rate["bare"])
+        rates.append(rate["ours"])
+        print(
+            f"{found['ours']['bytes'] / 1e6:.0f} MB: ours {rate['ours']:6.1f} MB/s, gigatoken bare"
+            f" {rate['bare']:6.1f} MB/s: {ratios[-1]:.2f} of its speed; preparing"
+            f" {found['ours']['preparing']:.1f} s; load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+    slow = measured("plain", directory, corpus)
+    rate = slow["bytes"] / slow["seconds"] / 1e6
+    print(
+        f"{slow['bytes'] / 1e6:.0f} MB of it the plain way: {rate:.2f} MB/s; ours is"
+        f" {min(rates) / rate:.0f} to {max(rates) / rate:.0f} times as fast"
+    )
+
+
+def memory(directory: Path, sizes: list[int], folders: list[str]) -> None:
+    """Print the peak memory of scripts/preprocess.py for each size of a corpus."""
+    import yaml
+
+    model = make_model(directory)
+    for megabytes in sizes:
+        corpus = make_corpus(directory, megabytes, folders)
+        config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+        values = {"source": "files", "name": "corpus", "files": [str(corpus)]}
+        config["data"]["corpora"] = [values]
+        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        words = ["--config", directory / "config.yaml", "--model", model]
+        script = ROOT / "scripts" / "preprocess.py"
+        command = [sys.executable, script, *words, "--output", directory / "data"]
+        start = time.monotonic()
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        seconds = time.monotonic() - start
+        peak = json.loads((directory / "data" / "manifest.json").read_text())["peak_memory_bytes"]
+        size = corpus.stat().st_size / 1e6
+        print(
+            f"{size:6.0f} MB: peak {peak / 1e6:5.0f} MB; {seconds:5.1f} s with start-up,"
+            f" {size / seconds:5.1f} MB/s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["speed", "memory", *WAYS])
+    parser.add_argument("--directory", type=Path, required=True, help="a disk with room")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[250], help="of text")
+    parser.add_argument("--pairs", type=int, default=4, help="repetitions (default: 4)")
+    parser.add_argument("--text", nargs="+", default=list(TEXT), help="folders with text files")
+    parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    directory = arguments.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    if arguments.what in WAYS:
+        print(json.dumps(WAYS[arguments.what](directory, arguments.corpus)))
+    elif arguments.what == "speed":
+        speed(directory, arguments.megabytes[0], arguments.pairs, arguments.text)
+    else:
+        memory(directory, arguments.megabytes, arguments.text)
+
+
+if __name__ == "__main__":
+    main()
