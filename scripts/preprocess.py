@@ -18,6 +18,7 @@ Several jobs can do it side by side; the result is the same to the byte:
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -49,14 +50,13 @@ def preprocess(arguments: argparse.Namespace) -> None:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from megaqwen.data.allocator import keep_freed_memory
     from megaqwen.data.parts import tokenize_part
     from megaqwen.data.pieces import Shard
     from megaqwen.data.tokenization import DocumentTokenizer
     from megaqwen.data.tokenize_corpus import tokenize_corpora
 
-    keep_freed_memory()
     tokenizer = DocumentTokenizer(arguments.model)
+    gc.freeze()  # the libraries' objects stay: collecting garbage need not look at them again
     corpora = config.data.corpora
     with new_directory(arguments.output) as directory:
         if arguments.shard:

@@ -18,6 +18,7 @@ and documentation below the folders that --text names, no file twice.
 
 import argparse
 import base64
+import gc
 import hashlib
 import itertools
 import json
@@ -196,14 +197,12 @@ def ours(directory: Path, corpus: Path) -> dict[str, float]:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from megaqwen.config.sections import FilesCorpus
     from megaqwen.data import parts
-    from megaqwen.data.allocator import keep_freed_memory
     from megaqwen.data.engines import choose_engine
     from megaqwen.data.readers import sample_texts
     from megaqwen.data.tokenization import DocumentTokenizer
     from megaqwen.data.tokenize_corpus import tokenize_corpus
     from megaqwen.provenance import new_directory
 
-    keep_freed_memory()
     values = {"source": "files", "name": "corpus", "files": [str(corpus)]}
     section = FilesCorpus.model_validate(values)
     start = time.monotonic()
@@ -212,6 +211,7 @@ def ours(directory: Path, corpus: Path) -> dict[str, float]:
     preparing = time.monotonic() - start
     assert engine.name == "gigatoken", engine.reason
     parts.choose_engine = lambda *words: engine  # it was timed already
+    gc.freeze()  # as scripts/preprocess.py does
     with new_directory(directory / "data") as output:
         start = time.monotonic()
         card, _ = tokenize_corpus(section, tokenizer, output)

@@ -73,6 +73,7 @@ def test_an_emptied_cache_does_not_show(
     engine = GigatokenEngine(tokenizer)
     renewed: list[None] = []
     monkeypatch.setattr(engines, "BYTES_A_CACHE", -(2**40))
+    monkeypatch.setattr(engines, "BATCHES_AT_FIRST", 1)
     monkeypatch.setattr(
         engine, "renew", lambda: (renewed.append(None), GigatokenEngine.renew(engine))
     )

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ CODE_POINTS = 0x110000
 THREE_BYTES = 0xE0  # the first byte, in UTF-8, of what comes after U+07FF; before it nothing is new
 FOUR_BYTES = 0xF0  # and of what comes after U+FFFF
 BYTES_A_CACHE = 256 * 2**20  # of memory, for each core, that gigatoken may remember words in
+BATCHES_AT_FIRST = 32
 
 logger = logging.getLogger("megaqwen.data")
 
@@ -49,7 +51,7 @@ class Engine(Protocol):
     """Why it is not the fast one."""
 
     def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
-        """The ids of documents, given both as text and in UTF-8; all cores work on it."""
+        """The ids of documents, given both as text and in UTF-8; several threads may ask at once."""
 
 
 class TokenizersEngine:
@@ -88,22 +90,24 @@ class GigatokenEngine:
         self.make = functools.partial(gigatoken.Tokenizer.from_json, without_specials(tokenizer))
         self.process = psutil.Process()
         self.cores = len(os.sched_getaffinity(0))
+        self.watching = threading.Lock()
         self.renew()
 
     def renew(self) -> None:
         """Start with an empty cache: its own has no bound (issue 36 of gigatoken)."""
-        self.tokenizer: Any = None  # before the new one takes memory
-        self.tokenizer = self.make()
-        self.memory_at_first: int | None = None
+        self.tokenizer: Any = self.make()
+        self.batches = self.memory_at_first = 0
 
     def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
         """See Engine."""
         tokens = self.encode_bytes(documents)
-        memory = self.process.memory_info().rss
-        if self.memory_at_first is None:
-            self.memory_at_first = memory
-        elif memory - self.memory_at_first > BYTES_A_CACHE * self.cores:
-            self.renew()
+        with self.watching:
+            memory = self.process.memory_info().rss
+            self.batches += 1
+            if self.batches <= BATCHES_AT_FIRST:  # the buffers of all threads are not there yet
+                self.memory_at_first = memory
+            elif memory - self.memory_at_first > BYTES_A_CACHE * self.cores:
+                self.renew()
         apart = with_new_characters(texts, documents)
         if not apart:
             return tokens

@@ -7,8 +7,11 @@ PREFIX.json the rest. Three threads work at once: one reads, one encodes (on all
 
 import hashlib
 import logging
+import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from megaqwen.words import readable_bytes
 DOCUMENT = numpy.dtype([("high", "<u8"), ("low", "<u8"), ("bytes", "<i8"), ("characters", "<i8")])
 SUFFIXES = (".lengths", ".counts.npy", ".documents", ".json")
 SECONDS_BETWEEN_REPORTS = 5.0
+ENCODED_AT_ONCE = len(os.sched_getaffinity(0)) + 1  # batches
 COUNTED = 2**19  # tokens at once
 
 logger = logging.getLogger("megaqwen.data")
@@ -139,9 +143,16 @@ def batch_of(texts: list[str], deduplicate: bool) -> Batch:
 
 
 def encode_batches(batches: Iterable[Batch], engine: Engine) -> Iterator[tuple[Batch, Tokens]]:
-    """Each batch with its tokens."""
-    for batch in batches:
-        yield batch, engine.encode(batch.texts, batch.documents)
+    """Each batch with its tokens, in order: the end of one leaves no core idle, since another is on."""
+    waiting: deque[tuple[Batch, Future[Tokens]]] = deque()
+    with ThreadPoolExecutor(ENCODED_AT_ONCE) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(engine.encode, batch.texts, batch.documents)))
+            if len(waiting) == ENCODED_AT_ONCE:
+                first, tokens = waiting.popleft()
+                yield first, tokens.result()
+        for first, tokens in waiting:
+            yield first, tokens.result()
 
 
 def count(counts: Counts, batch: Batch, tokens: Tokens, end_of_document: int) -> None:

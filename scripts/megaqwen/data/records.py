@@ -20,7 +20,7 @@ class LineParser:
         """Set up for the field of that name."""
         self.text_field = text_field
         field = ("text", str, msgspec.field(name=text_field))
-        record: Any = msgspec.defstruct("Record", [field])
+        record: Any = msgspec.defstruct("Record", [field], gc=False)
         self.decoder = msgspec.json.Decoder(record)
 
     def texts(self, block: bytes, where: Callable[[int], str], refuse: Refuse) -> list[str]:

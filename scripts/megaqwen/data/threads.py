@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 
-ITEMS = 2  # that may wait: a bound on memory
+ITEMS = 4  # that may wait: a bound on memory
 
 
 def ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
