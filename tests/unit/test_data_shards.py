@@ -11,7 +11,7 @@ import pytest
 from pyarrow import ipc, parquet
 
 from megaqwen.config.sections import BuiltinCorpus, Corpus, FilesCorpus
-from megaqwen.data import streams
+from megaqwen.data import columns, streams
 from megaqwen.data.files import corpus_files
 from megaqwen.data.parts import tokenize_part
 from megaqwen.data.pieces import Shard, corpus_pieces
@@ -90,6 +90,26 @@ def test_a_plan_reads_nothing_of_the_text(folder: Path, monkeypatch: pytest.Monk
     assert not read_bytes
 
 
+def test_of_many_parquet_files_only_those_at_a_bound_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        table = pyarrow.table({"text": texts(f"{number:02}", 50)})
+        parquet.write_table(table, tmp_path / f"{number:02}.parquet", row_group_size=10)
+    opened: list[Path] = []
+    look = columns.row_group_positions
+    monkeypatch.setattr(
+        columns, "row_group_positions", lambda path: opened.append(path) or look(path)
+    )
+    corpus = mixed(tmp_path)
+    pieces = [
+        piece for index in range(3) for piece in corpus_pieces(corpus, Shard(index=index, count=3))
+    ]
+    assert len(pieces) == 22 and len(opened) == 4
+    found = [text for index in range(3) for text in read(corpus, Shard(index=index, count=3))]
+    assert found == [text for number in range(20) for text in texts(f"{number:02}", 50)]
+
+
 def test_the_builtin_corpus_is_all_in_the_first_shard() -> None:
     corpus = BuiltinCorpus(source="builtin", name="docs")
     assert read(corpus, Shard(index=0, count=2)) == read(corpus, Shard())
@@ -132,7 +152,7 @@ def made(
 def test_the_result_does_not_show_the_shards(
     folder: Path, tokenizer: DocumentTokenizer, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    corpora = [mixed(folder, **fields), BuiltinCorpus(source="builtin", name="docs")]
+    corpora = [mixed(folder, **fields), BuiltinCorpus(source="builtin", name="manifest")]
     first = made(corpora, tokenizer, tmp_path / "one", 0)
     for count in (1, 2, 5, 30):
         directory = tmp_path / f"{count}"
@@ -143,5 +163,5 @@ def test_the_result_does_not_show_the_shards(
     assert [source["sha256"] for source in sources] == [
         sha256_file(path) for path in corpus_files(corpora[0])
     ]
-    names = {"card.json", "docs.bin", "docs.idx", "mixed.v1.bin", "mixed.v1.idx"}
+    names = {"card.json", "manifest.bin", "manifest.idx", "mixed.v1.bin", "mixed.v1.idx"}
     assert {path.name for path in (tmp_path / "one" / "data").iterdir()} == names

@@ -9,7 +9,6 @@ libraries have different tables of those. `tokenizers` encodes these documents.
 import functools
 import json
 import logging
-import os
 import threading
 import unicodedata
 from collections.abc import Sequence
@@ -21,12 +20,13 @@ import psutil
 from numpy.typing import NDArray
 
 from megaqwen.data.hard_texts import HARD_TEXTS, around
+from megaqwen.data.threads import computing_threads
 from megaqwen.data.tokenization import DocumentTokenizer
 
 CODE_POINTS = 0x110000
 THREE_BYTES = 0xE0  # the first byte, in UTF-8, of what comes after U+07FF; before it nothing is new
 FOUR_BYTES = 0xF0  # and of what comes after U+FFFF
-BYTES_A_CACHE = 256 * 2**20  # of memory, for each core, that gigatoken may remember words in
+BYTES_A_CACHE = 256 * 2**20  # of memory, for each thread, that gigatoken may remember words in
 BATCHES_AT_FIRST = 32
 
 logger = logging.getLogger("megaqwen.data")
@@ -89,7 +89,6 @@ class GigatokenEngine:
         self.truth = tokenizer
         self.make = functools.partial(gigatoken.Tokenizer.from_json, without_specials(tokenizer))
         self.process = psutil.Process()
-        self.cores = len(os.sched_getaffinity(0))
         self.watching = threading.Lock()
         self.renew()
 
@@ -106,7 +105,7 @@ class GigatokenEngine:
             self.batches += 1
             if self.batches <= BATCHES_AT_FIRST:  # the buffers of all threads are not there yet
                 self.memory_at_first = memory
-            elif memory - self.memory_at_first > BYTES_A_CACHE * self.cores:
+            elif memory - self.memory_at_first > BYTES_A_CACHE * computing_threads():
                 self.renew()
         apart = with_new_characters(texts, documents)
         if not apart:

@@ -54,7 +54,7 @@ def merge_parts(
         InputError: No document has any text, or too many cannot be used.
     """
     prefixes = [part / corpus.name for part in parts]
-    facts = [read_json(with_suffix(prefix, ".json")) for prefix in prefixes]
+    facts = [read_json(with_suffix(prefix, ".part.json")) for prefix in prefixes]
     totals = {name: sum(fact[name] for fact in facts) for name in SUMMED}
     check_totals(corpus, totals, facts)
     dtype = token_type(tokenizer.vocabulary_size)

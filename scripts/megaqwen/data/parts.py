@@ -2,12 +2,11 @@
 
 PREFIX.bin has the tokens as the corpus's .bin will have them; PREFIX.lengths each document's tokens;
 PREFIX.counts.npy how often each id occurs; PREFIX.documents, for deduplication, a digest of each text;
-PREFIX.json the rest. Three threads work at once: one reads, one encodes (on all cores), one writes.
+PREFIX.part.json the rest. One thread reads, one writes, and several encode what lies between them.
 """
 
 import hashlib
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from megaqwen.data import streams
 from megaqwen.data.engines import Engine, Tokens, choose_engine
 from megaqwen.data.pieces import Shard
 from megaqwen.data.readers import Intake, corpus_texts, sample_texts
-from megaqwen.data.threads import ahead
+from megaqwen.data.threads import ahead, computing_threads
 from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.writing import digested_file, token_type, with_ends
 from megaqwen.provenance import write_json
@@ -32,9 +31,8 @@ from megaqwen.words import readable_bytes
 
 # What deduplication knows of a document: 128 bits of its text's BLAKE2b, and its size.
 DOCUMENT = numpy.dtype([("high", "<u8"), ("low", "<u8"), ("bytes", "<i8"), ("characters", "<i8")])
-SUFFIXES = (".lengths", ".counts.npy", ".documents", ".json")
+SUFFIXES = (".lengths", ".counts.npy", ".documents", ".part.json")
 SECONDS_BETWEEN_REPORTS = 5.0
-ENCODED_AT_ONCE = len(os.sched_getaffinity(0)) + 1  # batches
 COUNTED = 2**19  # tokens at once
 
 logger = logging.getLogger("megaqwen.data")
@@ -108,7 +106,7 @@ def tokenize_part(
         "digests": {str(path): digest for path, digest in intake.digests.items()},
         "bin": stream.facts(),
     }
-    write_json(directory / f"{corpus.name}.json", facts)
+    write_json(directory / f"{corpus.name}.part.json", facts)
 
 
 def read_batches(corpus: Corpus, intake: Intake, shard: Shard, counts: Counts) -> Iterator[Batch]:
@@ -145,10 +143,11 @@ def batch_of(texts: list[str], deduplicate: bool) -> Batch:
 def encode_batches(batches: Iterable[Batch], engine: Engine) -> Iterator[tuple[Batch, Tokens]]:
     """Each batch with its tokens, in order: the end of one leaves no core idle, since another is on."""
     waiting: deque[tuple[Batch, Future[Tokens]]] = deque()
-    with ThreadPoolExecutor(ENCODED_AT_ONCE) as pool:
+    at_once = computing_threads() + 1
+    with ThreadPoolExecutor(at_once) as pool:
         for batch in batches:
             waiting.append((batch, pool.submit(engine.encode, batch.texts, batch.documents)))
-            if len(waiting) == ENCODED_AT_ONCE:
+            if len(waiting) == at_once:
                 first, tokens = waiting.popleft()
                 yield first, tokens.result()
         for first, tokens in waiting:

@@ -9,7 +9,7 @@ of Parquet files are looked at, so that a plan costs nothing and is the same whe
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaqwen.config.sections import Corpus, FilesCorpus
+from megaqwen.config.sections import FilesCorpus
 from megaqwen.data.files import Format, compression_of, corpus_files, file_format
 from megaqwen.errors import InputError
 
@@ -88,6 +88,11 @@ def piece_of_file(
     if cut and kind == "parquet":
         from megaqwen.data.columns import row_group_positions
 
+        first, next_first = shard.bounds(total)
+        if base >= next_first or base + size <= first:
+            return None
+        if first <= base and base + size <= next_first:  # no need to look into it
+            return Piece(path=path, format=kind)
         positions = row_group_positions(path)
         mine = [i for i, at in enumerate(positions) if shard.holds(base + at, total)]
         if positions and not mine:
@@ -96,11 +101,3 @@ def piece_of_file(
             return Piece(path=path, format=kind, start=mine[0], stop=mine[-1] + 1)
         return Piece(path=path, format=kind)
     return Piece(path=path, format=kind) if shard.holds(base, total) else None
-
-
-def read_by_one_shard(corpus: Corpus, shards: int) -> set[Path]:
-    """The files that some shard reads whole."""
-    if not isinstance(corpus, FilesCorpus):
-        return set()
-    each = (corpus_pieces(corpus, Shard(index=index, count=shards)) for index in range(shards))
-    return {piece.path for pieces in each for piece in pieces if piece.whole}

@@ -1,10 +1,16 @@
 """A stage of work in a thread of its own, a few items ahead of who takes them."""
 
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
 
 ITEMS = 4  # that may wait: a bound on memory
+
+
+def computing_threads() -> int:
+    """How many threads encode: what gigatoken and tokenizers heed, or the cores of this process."""
+    return int(os.environ.get("RAYON_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
 
 
 def ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
