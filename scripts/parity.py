@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaqwen.config import Config, load_config
+from megaqwen.config.blends import corpus_split
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
@@ -157,9 +158,9 @@ def tokenized_texts(
         for number, text in enumerate(config.parity.texts, 1)
     }
     for corpus in config.data.corpora:
-        documents = heldout_documents(
-            arguments.data / corpus.name, config.data.split, config.parity.held_out_documents
-        )
+        split = corpus_split(config.data, corpus)
+        prefix = arguments.data / corpus.name
+        documents = heldout_documents(prefix, split, config.parity.held_out_documents)
         texts |= {
             f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
         }

@@ -3,7 +3,8 @@
     python scripts/report.py --config RUN/config.yaml --run RUN --manifests MANIFEST... --output DIR \\
         --card RUN/export/hf/README.md
 
-DIR gets report.html and, one file each, the parts of it that `snakemake --report` collects.
+DIR gets report.html, data.json (the data card: what each corpus has and how many epochs of it were
+trained on) and, one file each, the parts of it that `snakemake --report` collects.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from megaqwen.config import load_config
 from megaqwen.console import run_command, stage_parser
-from megaqwen.provenance import existing, new_directory, read_json, write_text
+from megaqwen.provenance import existing, new_directory, read_json, write_json, write_text
 from megaqwen.summary import resolved_yaml
 
 logger = logging.getLogger("megaqwen.report")
@@ -27,7 +28,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     from megaqwen.report import figures, pages
     from megaqwen.report.card import model_card
-    from megaqwen.report.data import data_section
+    from megaqwen.report.data import data_card, data_section
     from megaqwen.training.metrics import read_metrics
 
     train = next(item for item in manifests if item["stage"] == "train")
@@ -42,6 +43,7 @@ def report(arguments: argparse.Namespace) -> None:
         write_text(directory / "loss.svg", loss)
         write_text(directory / "rates.svg", rates)
         write_text(directory / "config.yaml", text)
+        write_json(directory / "data.json", data_card(manifests))
         write_text(directory / "parity.html", pages.page("Parity", [("Parity", parity)]))
         write_text(directory / "versions.html", pages.page("Versions", [("Versions", versions)]))
         sections = [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config import Config
+from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
 from megaqwen.provenance import digest, read_json
 
@@ -36,13 +37,17 @@ class Layout:
     def stage_config(self, stage: str) -> dict[str, Any]:
         """What determines a stage's result: the fields that it reads, and its upstream's digest.
 
-        Two configs with equal stage configs share the stage's result. Weights and the split are
+        Two configs with equal stage configs share the stage's result. Weights and splits are
         training's: they do not change the tokens on disk. Training keeps its checkpoints under its
         digest: with its upstream in it, it never resumes from those of another model or corpus.
         """
         config = self.config.model_dump(mode="json")
-        data = config["data"]
-        weights = {corpus["name"]: corpus.pop("weight") for corpus in data["corpora"]}
+        data, corpora = config["data"], self.config.data.corpora
+        splits = {each.name: list(corpus_split(self.config.data, each)) for each in corpora}
+        weights = {each.name: corpus_weights(self.config.data, each) for each in corpora}
+        for corpus in data["corpora"]:  # what is drawn from the tokens, not the tokens
+            for field in ("weight", "valid_weight", "test_weight", "split"):
+                del corpus[field]
         del data["shards"]  # how it is done, not what comes out
         match stage:
             case "download":
@@ -55,18 +60,18 @@ class Layout:
                 # What is compared, not how: other texts are no reason to train again.
                 made_of = {"convert": self.stage_digest("convert")}
                 fields = {**made_of, "preprocess": self.stage_digest("preprocess")}
-                fields |= {"split": data["split"]}
+                fields |= {"splits": splits}
             case "parity":
                 fields = {"parity": config["parity"]}
             case "train":
-                order = {"weights": weights, "split": data["split"], "seed": data["seed"]}
+                order = {"weights": weights, "splits": splits, "seed": data["seed"]}
                 made_of = {"convert": self.stage_digest("convert")}
                 made_of |= {"preprocess": self.stage_digest("preprocess")}
                 fields = {"train": without_defaults(config["train"]), **order, **made_of}
             case "export":
                 fields = {"export": config["export"]}
             case "report":
-                fields = config
+                fields = {**config, "weights": weights, "splits": splits}
             case _:
                 raise ValueError(f"no stage {stage!r}")
         return {**fields, "recipe": RECIPE[stage]}

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy
 import pytest
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import (
     DType,
     IndexedDataset,
@@ -29,7 +27,7 @@ from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.tokenize_corpus import tokenize_corpus
 from megaqwen.errors import InputError
 from megaqwen.provenance import sha256_file
-from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_config
+from megaqwen.training.datasets import Corpora, EndOfDocument, build_datasets
 
 TEXTS = ["The first.", " \n\t", "今天天气很好", "", "a\n\nb  c", "x" * 3000, "<|im_end|>"]
 END = "<|endoftext|>"
@@ -290,12 +288,14 @@ def test_bad_documents_of_all_shards_together_are_held_against_the_tolerance(
 def samples(prefix: Path, cache: Path, end: EndOfDocument) -> list[dict[str, Any]]:
     """What Megatron trains on."""
     parts = Corpora(
-        prefixes=[prefix], weights=[1.0], split=[1, 0, 0], seed=1, cache=cache, tokenizer=end
+        prefixes=[prefix],
+        weights=[[1.0, 0.0, 0.0]],
+        splits=[[1, 0, 0]],
+        seed=1,
+        cache=cache,
+        tokenizer=end,
     )
-    config = dataset_config(parts, sequence_length=16)
-    (blended, *_) = BlendedMegatronDatasetBuilder(
-        GPTDataset, [4, 0, 0], lambda: True, config
-    ).build()
+    (blended, *_) = build_datasets(parts, [4, 0, 0], sequence_length=16)
     return [blended[index] for index in range(4)]
 
 
@@ -324,15 +324,13 @@ def megatron_splits(
     """The document indices that Megatron gives its training, validation and test datasets."""
     corpora = Corpora(
         prefixes=[prefix],
-        weights=[1.0],
-        split=split,
+        weights=[[1.0 if share else 0.0 for share in split]],
+        splits=[split],
         seed=1,
         cache=cache,
         tokenizer=EndOfDocument(eod=end, vocab_size=2560),
     )
-    config = dataset_config(corpora, sequence_length=4)
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [4, 4, 4], lambda: True, config)
-    for dataset in builder.build():
+    for dataset in build_datasets(corpora, [4, 4, 4], sequence_length=4):
         yield None if dataset is None else dataset.datasets[0].indices.tolist()
 
 
@@ -354,7 +352,7 @@ def test_held_out_documents_are_megatrons_test_split(
     texts = [f"Document number {number} of the corpus." for number in range(count)]
     tokenize_corpus(corpus(tmp_path / "notes.jsonl", texts), tokenizer, tmp_path)
     prefix = tmp_path / "notes"
-    check_shares({"notes": count}, split)
+    check_shares({"notes": (count, split)})
     theirs = list(megatron_splits(prefix, split, tokenizer.end_of_document, tmp_path / "cache"))
     ours = split_documents(count, split)
     assert [list(part) for part in ours] == [part or [] for part in theirs]
@@ -369,6 +367,6 @@ def test_held_out_documents_are_megatrons_test_split(
 )
 def test_an_empty_share_is_refused(split: tuple[float, ...], count: int, share: str) -> None:
     text = ",".join(map(str, split))
-    message = f"corpus b: none of its {count} documents falls to {share} by data.split {text}: give"
+    message = f"corpus b: none of its {count} documents falls to {share} by the split {text}: give"
     with pytest.raises(InputError, match=message):
-        check_shares({"a": 1000, "b": count}, split)
+        check_shares({"a": (1000, split), "b": (count, split)})

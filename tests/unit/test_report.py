@@ -34,6 +34,7 @@ RESULTS: dict[str, dict[str, Any]] = {
     "download": {"source": "path", "path": MODEL, "parameters": 1234567, "model_type": "qwen3"},
     "convert": {"tensors": 46},
     "preprocess": {
+        "tokenizer": {"class": "Qwen2Tokenizer"},
         "corpora": {
             "notes": {
                 "tokens": 7654321,
@@ -65,6 +66,15 @@ RESULTS: dict[str, dict[str, Any]] = {
         "validation_loss": 5.5432,
         "test_loss": None,
         "unigram_entropy": 6.5891,
+        "data": {
+            "notes": {
+                "train": {"documents": 4321, "tokens": 7654321, "samples": 15, "epochs": 0.25}
+            },
+            "more": {
+                "train": {"documents": 1, "tokens": 44, "samples": 5, "epochs": 116.3636},
+                "valid": {"documents": 1, "tokens": 11, "samples": 4, "epochs": 372.36},
+            },
+        },
     },
     "export": {"checkpoint": "iter_0000005"},
     "parity_convert": {
@@ -231,6 +241,15 @@ def test_the_data_is_told(page: Page, text: str) -> None:
     assert ["1,024 to 2,047", "3,241", ""] in page.rows
     assert "width: 33.3%" in text and "width: 100.0%" in text
     assert ["notes", TEXT] in page.rows
+    assert ["notes", "training", "4,321", "7,654,321", "15", "0.25"] in page.rows
+    assert ["more", "validation", "1", "11", "4", "372"] in page.rows
+
+
+def test_the_data_card_is_there_as_json(run: Run) -> None:
+    card = read_json(run.directory / "report" / "data.json")
+    assert card["tokenizer"] == RESULTS["preprocess"]["tokenizer"]
+    assert card["corpora"]["more"]["drawn"]["train"]["epochs"] == 116.3636
+    assert card["corpora"]["notes"]["tokens_per_byte"] == 0.255
 
 
 def test_the_page_needs_nothing_from_elsewhere(page: Page, text: str) -> None:
@@ -259,7 +278,8 @@ def test_the_curves_have_every_point(run: Run, text: str) -> None:
 def test_the_files_for_snakemakes_report_are_whole(run: Run) -> None:
     report = run.directory / "report"
     assert {path.name for path in report.iterdir()} == {
-        *("report.html", "parity.html", "versions.html", "loss.svg", "rates.svg", "config.yaml")
+        *("report.html", "parity.html", "versions.html", "loss.svg", "rates.svg", "config.yaml"),
+        "data.json",
     }
     assert load_config(report / "config.yaml") == load_config(run.directory / "config.yaml")
     assert "8.64e-07" in (report / "parity.html").read_text()
@@ -302,8 +322,8 @@ def test_the_card_says_what_the_model_is_made_of(run: Run) -> None:
     for words in (
         "# small-run",
         f"The model in {MODEL}, trained further with Megatron-Core on 20,480 tokens (5 iterations)",
-        "| notes | 4,321 | 7,654,321 | 1 |",
-        "| more | 2 | 55 | 3 |",
+        "| notes | 4,321 | 7,654,321 | 0.25 |",
+        "| more | 2 | 55 | 116 |",
         "tensor_model_parallel_size: 2",
         "validation 5.5432 nats per token, test not measured",
         "After conversion: passed. After export: passed, over 9 positions.",

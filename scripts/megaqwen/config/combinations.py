@@ -22,7 +22,6 @@ AT_LEAST_ONE = """
 AT_LEAST_ZERO = """
     lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters seed num_workers adam_beta1
     adam_beta2 adam_eps"""
-EVAL_ITERS = 100  # Megatron's default
 VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 # What an option needs to be set as well.
 NEEDS = (
@@ -43,31 +42,6 @@ EXCLUDE = (
     ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
     ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout"),
 )
-
-
-def data_mistakes(values: Mapping[str, Any]) -> list[Mistake]:
-    """What the data section's fields say against each other; wrong types are not ours to report."""
-    data = values.get("data")
-    if not isinstance(data, Mapping):
-        return []
-    mistakes = []
-    corpora = data.get("corpora")
-    first: dict[str, int] = {}
-    for index, corpus in enumerate(corpora if isinstance(corpora, list) else []):
-        name = corpus.get("name") if isinstance(corpus, Mapping) else None
-        if isinstance(name, str) and first.setdefault(name, index) != index:
-            text = f"{shown(name)} is also the name of data.corpora[{first[name]}]: names differ"
-            mistakes.append(Mistake(("data", "corpora", index, "name"), text))
-    split = data.get("split")
-    if isinstance(split, list) and len(split) == 3 and split[0] == 0:
-        text = "0 is given: training needs a share of the documents, as in [96, 2, 2]"
-        mistakes.append(Mistake(("data", "split", 0), text))
-    train = values.get("train")
-    evaluations = train.get("eval_iters", EVAL_ITERS) if isinstance(train, Mapping) else 0
-    if evaluations and isinstance(split, list) and len(split) == 3 and split[1] == 0:
-        text = "0 is given: validation needs a share of the documents, or train.eval_iters 0 (it is"
-        mistakes.append(Mistake(("data", "split", 1), f"{text} {evaluations})"))
-    return mistakes
 
 
 def train_mistakes(train: Train) -> list[Mistake]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megaqwen.config.blends import data_mistakes
 from megaqwen.config.checks import model_mistakes
-from megaqwen.config.combinations import data_mistakes, train_mistakes
+from megaqwen.config.combinations import train_mistakes
 from megaqwen.config.megatron_options import validate_train_options
 from megaqwen.config.mistakes import Mistake, mistakes_of
 from megaqwen.config.reading import ConfigError, read_yaml, scalar

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megaqwen.config.sections import SPLIT_PATTERN
+
 Path = tuple[str | int, ...]
 Node = Mapping[str, Any]
 
@@ -17,6 +19,7 @@ MOST_LISTED = 16  # choices
 PATTERN_WORDS = {
     r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-'",
     r"^[\w.-]+/[\w.-]+$": "OWNER/NAME, such as Qwen/Qwen3-0.6B",
+    SPLIT_PATTERN: "a text (96,2,2 or train, valid, test)",
 }
 
 
@@ -118,9 +121,10 @@ def find(schema: Node, location: Sequence[str | int]) -> tuple[Path, Node]:
             continue
         path += (step,)
         inside = (
-            node.get("items") if isinstance(step, int) else node.get("properties", {}).get(step)
+            each.get("items") if isinstance(step, int) else each.get("properties", {}).get(step)
+            for each in node.get("anyOf", [node])
         )
-        node = resolved(schema, inside or {})
+        node = resolved(schema, next(filter(None, inside), {}))
     return path, node
 
 
@@ -135,7 +139,11 @@ def allowed(node: Node) -> str:
     """What a part of the schema allows, in words."""
     if "enum" in node:
         return listed(node["enum"])
+    if "anyOf" in node:
+        return listed([allowed(each) for each in node["anyOf"] if each.get("type") != "null"])
     match node.get("type"):
+        case "boolean":
+            return "true or false"
         case "string":
             words = PATTERN_WORDS.get(node.get("pattern", ""))
             return words or ("a text that is not empty" if "minLength" in node else "a text")

@@ -46,7 +46,8 @@ def section_rows(
         elif "properties" in node:
             yield from section_rows(schema, node, f"{path}.")
         elif "const" not in node:
-            default = "required" if key in required else f"`{node.get('default')}`"
+            value = "null" if node.get("default") is None else node["default"]
+            default = "required" if key in required else f"`{value}`"
             yield f"`{path}`", allowed(node), default, node.get("description", "")
 
 

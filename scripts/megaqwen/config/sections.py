@@ -4,9 +4,13 @@ Frozen, and strict about unknown keys. A field's docstring is its description in
 Megatron itself understands stands in `train`, under Megatron's own names (see megatron_options.py).
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+SPLITS = ("train", "valid", "test")  # as Megatron calls them
+SPLIT_PATTERN = r"^(train|valid|test|[\d.]+(,[\d.]+){0,2})$"
 
 
 class Section(BaseModel):
@@ -53,26 +57,70 @@ class PathModel(Section):
 Model = Annotated[TinyModel | HubModel | PathModel, Field(discriminator="source")]
 
 
-class BuiltinCorpus(Section):
-    """English text that every machine has: pydoc's topics and the standard library's docstrings."""
+def shares(given: object) -> object:
+    """The three shares of a split that is given as one split's name or as a string.
 
-    source: Literal["builtin"]
+    In a string, as Megatron's --split, what is left out at the end is 0.
+    """
+    if not isinstance(given, str) or not re.match(SPLIT_PATTERN, given):
+        return given
+    if given in SPLITS:
+        return [float(given == split) for split in SPLITS]
+    try:
+        return [*map(float, given.split(",")), 0.0, 0.0][: len(SPLITS)]
+    except ValueError:  # such as 1.2.3
+        return given
+
+
+Shares = Annotated[
+    list[Annotated[float, Field(ge=0)]],
+    Field(min_length=3, max_length=3),
+    BeforeValidator(shares),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "items": {"type": "number", "minimum": 0},
+                    "minItems": 3,
+                    "maxItems": 3,
+                },
+                {"type": "string", "pattern": SPLIT_PATTERN},
+            ]
+        }
+    ),
+]
+
+
+class TextCorpus(Section):
+    """What every corpus has."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """The corpus's name in manifests and reports."""
     weight: float = Field(default=1.0, gt=0)
     """Share of training samples, relative to the other corpora's weights."""
+    valid_weight: float | None = Field(default=None, ge=0)
+    """Share of validation samples; 0 draws none from this corpus. Left out, it is weight."""
+    test_weight: float | None = Field(default=None, ge=0)
+    """Share of test samples; 0 draws none from this corpus. Left out, it is weight."""
+    split: Shares | None = None
+    """Its own shares, or train, valid or test: all its documents are for that. Else data.split."""
     min_characters: int = Field(default=0, ge=0)
     """Shorter documents are left out and counted; 0 keeps all that have any text."""
     deduplicate: bool = False
     """true leaves out a document whose text an earlier one of the corpus has to the byte."""
 
 
-class FilesCorpus(Section):
+class BuiltinCorpus(TextCorpus):
+    """English text that every machine has: pydoc's topics and the standard library's docstrings."""
+
+    source: Literal["builtin"]
+
+
+class FilesCorpus(TextCorpus):
     """Text files of one's own."""
 
     source: Literal["files"]
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    """The corpus's name in manifests and reports."""
     files: list[str] = Field(min_length=1)
     """Paths and glob patterns, relative to the working directory; a folder that datasets saved."""
     format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
@@ -81,12 +129,6 @@ class FilesCorpus(Section):
     """The field (JSONL) or column (Parquet, Arrow) that holds a document's text."""
     max_bad_documents: int = Field(default=0, ge=0)
     """Lines or rows that may be unusable (no JSON, no UTF-8, no text): left out, logged, counted."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of training samples, relative to the other corpora's weights."""
-    min_characters: int = Field(default=0, ge=0)
-    """Shorter documents are left out and counted; 0 keeps all that have any text."""
-    deduplicate: bool = False
-    """true leaves out a document whose text an earlier one of the corpus has to the byte."""
 
 
 Corpus = Annotated[BuiltinCorpus | FilesCorpus, Field(discriminator="source")]
@@ -97,10 +139,8 @@ class Data(Section):
 
     corpora: list[Corpus] = Field(min_length=1)
     """One entry a corpus; their names differ."""
-    split: list[Annotated[float, Field(ge=0)]] = Field(
-        default=[96, 2, 2], min_length=3, max_length=3
-    )
-    """Shares of each corpus's documents, in order, for training, validation and test."""
+    split: Shares = [96, 2, 2]
+    """Shares of each corpus's documents, in order, for training, validation and test; or "96,2,2"."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the order in which samples are drawn."""
     shards: int = Field(default=1, ge=1, le=9999)

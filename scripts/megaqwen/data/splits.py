@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -45,22 +46,41 @@ def split_documents(documents: int, split: Sequence[float]) -> list[range]:
     ]
 
 
-def check_shares(documents: Mapping[str, int], split: Sequence[float]) -> None:
+def check_shares(corpora: Mapping[str, tuple[int, Sequence[float]]]) -> None:
     """InputError where a share of a corpus has no document: Megatron would look for one forever.
 
     Args:
-        documents: How many documents each corpus has, by its name.
-        split: Shares for training, validation and test.
+        corpora: By its name, how many documents each corpus has, and its split.
     """
-    for corpus, count in documents.items():
+    for corpus, (count, split) in corpora.items():
         parts = split_documents(count, split)
         for name, share, part in zip(SHARES, split, parts, strict=True):
             if share and not part:
                 raise InputError(
-                    f"corpus {corpus}: none of its {count} documents falls to {name} by data.split"
+                    f"corpus {corpus}: none of its {count} documents falls to {name} by the split"
                     f" {split_argument(split)}: give {name} a larger share or none at all (0), or"
                     " give the corpus more documents"
                 )
+
+
+def check_ends(prefix: Path, end_of_document: Mapping[str, Any]) -> None:
+    """InputError unless the first and the last document end with the end that training knows.
+
+    Otherwise training would take documents for one another's continuation, or a separator for text.
+
+    Args:
+        prefix: Path of the corpus's .bin and .idx, without the extension.
+        end_of_document: Its token and its id.
+    """
+    dataset = IndexedDataset(str(prefix))
+    for number in (0, len(dataset) - 1):
+        last = int(dataset[number][-1])
+        if last != end_of_document["id"]:
+            raise InputError(
+                f"{prefix}.bin: document {number} ends with the id {last}, not with"
+                f" {end_of_document['token']} ({end_of_document['id']}), which its manifest gives"
+                " as the end of a document: run preprocess again"
+            )
 
 
 def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[list[int]]:

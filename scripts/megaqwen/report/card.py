@@ -28,7 +28,7 @@ def model_card(config: Config, manifests: Sequence[Manifest]) -> str:
             corpus.name,
             f"{tokens[corpus.name]['documents']:,}",
             f"{tokens[corpus.name]['tokens']:,}",
-            f"{corpus.weight:g}",
+            f"{train['data'][corpus.name].get('train', {}).get('epochs', 0):.3g}",
         )
         for corpus in config.data.corpora
     ]
@@ -51,7 +51,7 @@ def model_card(config: Config, manifests: Sequence[Manifest]) -> str:
         f"{base_model(source)}, trained further with Megatron-Core on {train['tokens']:,} tokens"
         f" ({train['iteration']:,} iterations). The weights are those of {export['checkpoint']}.",
         "## Data",
-        table(("corpus", "documents", "tokens", "weight"), corpora),
+        table(("corpus", "documents", "tokens", "epochs"), corpora),
         "## Training",
         f"Loss {train['first_loss']:.4f} at the first iteration, {train['last_loss']:.4f} at the"
         f" last; validation {nats(train['validation_loss'])}, test"

@@ -1,28 +1,37 @@
-"""The data of a report: what each corpus has, what was left out of it, and how long documents are."""
+"""The data of a report: what each corpus has, what was left out of it, and how often it was read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megaqwen.config.blends import PURPOSES
+from megaqwen.config.sections import SPLITS
 from megaqwen.report.pages import ENVIRONMENT, Manifest, by_stage, table
 
 LEFT_OUT = ("empty", "short", "bad", "duplicate")
 HISTOGRAM = """<h3>{{ name }}: documents by their tokens</h3>
 <table class="lengths">
 {% for label, documents, share in bars %}<tr><td>{{ label }}</td><td>{{ documents }}</td>
-<td style="width: 60%">
-<div style="width: {{ share }}%; height: .8rem; background: #4a78b5"></div></td></tr>
+<td style="width: 60%"><div style="width: {{ share }}%; height: .8rem; background: #4a78b5"></div></td></tr>
 {% endfor %}</table>
 """
 
 
 def data_section(manifests: Sequence[Manifest]) -> str:
     """A table of the corpora, their documents' lengths, and the beginning of each corpus."""
-    corpora = by_stage(manifests)["preprocess"]["results"]["corpora"]
+    corpora = data_card(manifests)["corpora"]
     header = (
         *("corpus", "documents", "tokens", "bytes", "tokens per byte"),
         *("median document", "left out", "engine"),
     )
     counts = table(header, [row(name, card) for name, card in corpora.items()])
+    drawn = table(
+        ("corpus", "for", "documents", "tokens", "samples drawn", "epochs"),
+        [
+            (name, *split_row(split, facts))
+            for name, card in corpora.items()
+            for split, facts in card["drawn"].items()
+        ],
+    )
     histograms = [
         histogram(name, card["length_histogram"])
         for name, card in corpora.items()
@@ -30,7 +39,22 @@ def data_section(manifests: Sequence[Manifest]) -> str:
     ]
     samples = [(name, card["sample"]) for name, card in corpora.items() if "sample" in card]
     beginnings = table(("corpus", "its first tokens, decoded"), samples) if samples else ""
-    return counts + "".join(histograms) + beginnings
+    return counts + drawn + "".join(histograms) + beginnings
+
+
+def data_card(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What preprocess wrote of each corpus, with what this run draws from it in each split."""
+    stages = {name: manifest["results"] for name, manifest in by_stage(manifests).items()}
+    card, drawn = stages["preprocess"], stages["train"]["data"]
+    corpora = {name: {**facts, "drawn": drawn[name]} for name, facts in card["corpora"].items()}
+    return {"tokenizer": card["tokenizer"], "corpora": corpora}
+
+
+def split_row(split: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is drawn from a corpus in one split."""
+    purpose = dict(zip(SPLITS, PURPOSES, strict=True))[split]
+    counts = (f"{facts[name]:,}" for name in ("documents", "tokens", "samples"))
+    return (purpose, *counts, f"{facts['epochs']:.3g}")
 
 
 def row(name: str, card: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,16 +1,18 @@
 """Megatron's GPT datasets over the .bin and .idx files of preprocess."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from megatron.training import get_args
+from numpy.typing import NDArray
 
-from megaqwen.data.splits import split_argument
+from megaqwen.data.splits import split_argument, split_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,46 +38,120 @@ class Corpora:
 
     prefixes: Sequence[Path]
     """Paths without .bin and .idx."""
-    weights: Sequence[float]
-    """Share of samples from each, relative to the others."""
-    split: Sequence[float]
-    """Shares of the documents for training, validation and test."""
+    weights: Sequence[Sequence[float]]
+    """Of each corpus, its share of training, validation and test samples, relative to the others."""
+    splits: Sequence[Sequence[float]]
+    """Of each corpus, the shares of its documents for training, validation and test."""
     seed: int
     cache: Path
     """Where Megatron keeps its sample indices."""
     tokenizer: EndOfDocument
 
+    def alike(self) -> bool:
+        """Whether one split for all of them and one weight for each say it all."""
+        common = list(self.splits[0])
+        return all(list(split) == common for split in self.splits) and all(
+            len({weight for weight, share in zip(weights, common, strict=True) if share}) == 1
+            for weights in self.weights
+        )
+
+
+@dataclass
+class CorpusSplitsConfig(GPTDatasetConfig):
+    """For blends that differ between training, validation and test, or splits between corpora."""
+
+    corpus_splits: dict[str, list[float]] = field(default_factory=dict)
+    """The shares of each corpus's documents, by its prefix."""
+
+
+class CorpusShare(GPTDataset):
+    """The training, validation or test share of a corpus that has a split of its own.
+
+    Megatron's blend_per_split hands over a corpus whole.
+    """
+
+    def __init__(
+        self,
+        indexed_dataset: Any,
+        dataset_path: str | None,
+        indexed_indices: NDArray[Any],
+        num_samples: int | None,
+        index_split: Split,
+        config: CorpusSplitsConfig,
+    ):
+        """Take the share of `index_split`; the arguments are those of Megatron's datasets."""
+        split = config.corpus_splits[str(dataset_path)]
+        share = split_documents(len(indexed_indices), split)[index_split.value]
+        indices = indexed_indices[share.start : share.stop]
+        super().__init__(indexed_dataset, dataset_path, indices, num_samples, index_split, config)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        """What the cached sample indices depend on."""
+        return [*GPTDataset._key_config_attributes(), "corpus_splits"]
+
 
 def dataset_config(corpora: Corpora, sequence_length: int) -> GPTDatasetConfig:
     """What Megatron's datasets are built by; `sequence_length` is the tokens of a sample."""
-    return GPTDatasetConfig(
-        random_seed=corpora.seed,
-        sequence_length=sequence_length,
-        blend=([str(prefix) for prefix in corpora.prefixes], list(corpora.weights)),
-        split=split_argument(corpora.split),
-        path_to_cache=str(corpora.cache),
-        tokenizer=corpora.tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
+    prefixes = [str(prefix) for prefix in corpora.prefixes]
+    common: dict[str, Any] = {
+        "random_seed": corpora.seed,
+        "sequence_length": sequence_length,
+        "path_to_cache": str(corpora.cache),
+        "tokenizer": corpora.tokenizer,
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+    }
+    if corpora.alike():
+        blend = (prefixes, [max(weights) for weights in corpora.weights])
+        return GPTDatasetConfig(blend=blend, split=split_argument(corpora.splits[0]), **common)
+    splits = {
+        prefix: list(split) for prefix, split in zip(prefixes, corpora.splits, strict=True)
+    }
+    blends = [blend_of(prefixes, column) for column in zip(*corpora.weights, strict=True)]
+    return CorpusSplitsConfig(blend_per_split=blends, corpus_splits=splits, **common)
+
+
+def blend_of(
+    prefixes: Sequence[str], weights: Sequence[float]
+) -> tuple[list[str], list[float]] | None:
+    """Megatron's blend of the corpora that have a weight; None where no corpus has."""
+    pairs = [(p, w) for p, w in zip(prefixes, weights, strict=True) if w]
+    return ([p for p, _ in pairs], [w for _, w in pairs]) if pairs else None
+
+
+def build_datasets(
+    corpora: Corpora,
+    samples: Sequence[int],
+    sequence_length: int,
+    reads_data: Callable[[], bool] = lambda: True,
+) -> list[Any]:
+    """Megatron's training, validation and test sets; None where nothing is drawn.
+
+    Args:
+        corpora: The run's.
+        samples: How many are wanted of each, at least.
+        sequence_length: Tokens of a sample.
+        reads_data: Whether this rank has them.
+    """
+    config = dataset_config(corpora, sequence_length)
+    kind = CorpusShare if isinstance(config, CorpusSplitsConfig) else GPTDataset
+    return list(BlendedMegatronDatasetBuilder(kind, list(samples), reads_data, config).build())
 
 
 def dataset_provider(corpora: Corpora) -> Any:
     """The function that `pretrain` asks for its training, validation and test sets."""
 
     def provide(samples: Sequence[int], vp_stage: int | None = None) -> Any:
-        config = dataset_config(corpora, get_args().seq_length)
-
         def reads_data() -> bool:
             ends = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage) or (
                 mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
             )
             return ends and mpu.get_tensor_model_parallel_rank() == 0
 
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, samples, reads_data, config)
-        train, *evaluated = builder.build()
+        train, *evaluated = build_datasets(corpora, samples, get_args().seq_length, reads_data)
         # Megatron does not take an empty set for one that is not there.
         return train, *(evaluated if get_args().eval_iters else (None, None))
 

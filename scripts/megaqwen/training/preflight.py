@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +11,7 @@ from megaqwen.config import Config, load_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, existing, read_json
+from megaqwen.provenance import StageRecord, existing, read_json, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     hf_config = read_json(existing(arguments.model / "config.json", "download"))
     data = read_json(existing(arguments.data / "manifest.json", "preprocess"))
+    check_tokenizer(data["results"]["tokenizer"], arguments.model, arguments.data)
     existing(arguments.checkpoint / "latest_checkpointed_iteration.txt", "convert")
     mistakes = check_model_fits(config, hf_config, world_size)
     if mistakes:
@@ -59,3 +61,21 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
         terminal=arguments.terminal,
         record=StageRecord("train", layout.stage_config("train")),
     )
+
+
+def check_tokenizer(tokenizer: Mapping[str, Any], model: Path, data: Path) -> None:
+    """InputError where the data was tokenized by another tokenizer than the model's.
+
+    Args:
+        tokenizer: What preprocess recorded of the one that it used.
+        model: The Hugging Face directory that is trained.
+        data: The directory of the tokenized data, for the message.
+    """
+    for name, digest in tokenizer["files"].items():
+        path = model / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise InputError(
+                f"{data} was tokenized by another tokenizer than that of {model} ({name} differs): "
+                "its ids, and its ends of documents, would mean something else. Run preprocess with "
+                "this model"
+            )

@@ -21,13 +21,16 @@ from megatron.training import get_args, get_tensorboard_writer, global_vars, pre
 from megatron.training import training as megatron_training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.training import get_train_valid_test_num_samples
 
-from megaqwen.data.splits import check_shares
+from megaqwen.config.blends import corpus_split, corpus_weights
+from megaqwen.data.splits import check_ends, check_shares
 from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_checkpoints, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
+from megaqwen.training.epochs import Planned, epochs
 from megaqwen.training.forward import forward_step
 from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
@@ -46,8 +49,7 @@ def pretrain_run(run: TrainingRun) -> None:
         InputError: Megatron refuses the options, or a share of a corpus has no document.
         Stopped: A signal or one of Megatron's exit options ended training early.
     """
-    documents = {name: card["documents"] for name, card in run.data["corpora"].items()}
-    check_shares(documents, run.config.data.split)
+    check_data(run)
     gpu = not cpu_emulation.available()
     if gpu:
         cpu_checkpoints.install()
@@ -77,6 +79,7 @@ def pretrain_run(run: TrainingRun) -> None:
     watch_metrics(run, resumed)
     say_start(run, arguments, resumed)
     provider = dataset_provider(corpora(run))
+    say_epochs(planned_epochs(run))
     container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
     try:
         with memory_advice(arguments.micro_batch_size):
@@ -104,13 +107,26 @@ def validated_arguments() -> Namespace:
         raise InputError(f"Megatron refuses the options under train: {error}") from error
 
 
+def check_data(run: TrainingRun) -> None:
+    """InputError where a share of a corpus is empty, or its documents do not end as it says."""
+    data, cards = run.config.data, run.data["corpora"]
+    check_shares(
+        {
+            corpus.name: (cards[corpus.name]["documents"], corpus_split(data, corpus))
+            for corpus in data.corpora
+        }
+    )
+    for corpus in data.corpora:
+        check_ends(run.data_directory / corpus.name, run.data["tokenizer"]["end_of_document"])
+
+
 def corpora(run: TrainingRun) -> Corpora:
     """The run's corpora on disk, in the config's order."""
     data = run.config.data
     return Corpora(
         prefixes=[run.data_directory / corpus.name for corpus in data.corpora],
-        weights=[corpus.weight for corpus in data.corpora],
-        split=data.split,
+        weights=[corpus_weights(data, corpus) for corpus in data.corpora],
+        splits=[corpus_split(data, corpus) for corpus in data.corpora],
         seed=data.seed,
         cache=run.output / "cache",
         tokenizer=EndOfDocument(
@@ -224,6 +240,7 @@ def finish(run: TrainingRun) -> None:
         "validation_loss": validation[-1] if validation else None,
         "test_loss": test[-1] if test else None,
         "unigram_entropy": entropy,
+        "data": planned_epochs(run),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     run.record.write(
@@ -243,13 +260,30 @@ def finish(run: TrainingRun) -> None:
     )
 
 
+def planned_epochs(run: TrainingRun) -> Planned:
+    """How often the whole run goes through each corpus."""
+    names = [corpus.name for corpus in run.config.data.corpora]
+    arguments = get_args()
+    samples = get_train_valid_test_num_samples()
+    return dict(zip(names, epochs(corpora(run), samples, arguments.seq_length), strict=True))
+
+
+def say_epochs(planned: Planned) -> None:
+    """Say of each corpus how often it is trained on."""
+    for name, splits in planned.items():
+        if "train" in splits:
+            facts = splits["train"]
+            logger.info(
+                "%s: %s epochs of %s tokens", name, f"{facts['epochs']:.3g}", f"{facts['tokens']:,}"
+            )
+
+
 def unigram_entropy(run: TrainingRun) -> float:
-    """Nats per token of the corpora's token frequencies, averaged by their weights.
+    """Nats per token of the corpora's token frequencies, averaged by their training weights.
 
     A model that has learned no more than how frequent each token is has this loss.
     """
-    weights = [corpus.weight for corpus in run.config.data.corpora]
-    entropies = [
-        run.data["corpora"][corpus.name]["unigram_entropy"] for corpus in run.config.data.corpora
-    ]
+    data, cards = run.config.data, run.data["corpora"]
+    weights = [corpus_weights(data, corpus)[0] for corpus in data.corpora]
+    entropies = [cards[corpus.name]["unigram_entropy"] for corpus in data.corpora]
     return sum(w * h for w, h in zip(weights, entropies, strict=True)) / sum(weights)
