@@ -66,10 +66,8 @@ def corpora_files(wildcards):
 
 def shard_manifests(wildcards):
     """The shards that are merged into the data; none where one job does it all."""
-    directories = [f"{number}-of-{SHARDS}" for number in range(1, SHARDS + 1)]
-    return [
-        LAYOUT.shards / each / "manifest.json" for each in directories if SHARDS > 1
-    ]
+    manifests = gather.shards(str(LAYOUT.shards / "{scatteritem}" / "manifest.json"))
+    return manifests if len(manifests) > 1 else []
 
 
 def model_files(wildcards):
@@ -102,7 +100,7 @@ def ranks_needed(wildcards):
 def store_resolved_config():
     """Keep the config that the run was made with, beside its results, where the stages read it."""
     write_text(RUN_CONFIG, resolved_yaml(CONFIG))
-    write_json(LAYOUT.shard_record, {"shards": SHARDS})
+    write_json(LAYOUT.shard_record, {"shards": len(gather.shards("{scatteritem}"))})
 
 
 def say_where_results_are():

@@ -1,17 +1,18 @@
+scattergather:
+    shards=SHARDS,
+
+
 # With data.shards above 1; the number of shards is no param, so that another one redoes nothing.
 rule preprocess_shard:
     input:
         corpora_files,
         model=rules.download.output.manifest,
     output:
-        manifest=LAYOUT.shards / "{shard}-of-{shards}" / "manifest.json",
+        manifest=LAYOUT.shards / "{scatteritem}" / "manifest.json",
     log:
-        LOGS / "preprocess_shard.{shard}-of-{shards}.log",
+        LOGS / "preprocess_shard.{scatteritem}.log",
     benchmark:
-        LOGS / "preprocess_shard.{shard}-of-{shards}.benchmark.tsv"
-    wildcard_constraints:
-        shard=r"\d+",
-        shards=r"\d+",
+        LOGS / "preprocess_shard.{scatteritem}.benchmark.tsv"
     conda:
         "../envs/megaqwen.yaml"
     threads: 4
@@ -21,10 +22,10 @@ rule preprocess_shard:
         model=LAYOUT.model / "hf",
         directory=subpath(output.manifest, parent=True),
     message:
-        "preprocess: tokenize shard {wildcards.shard} of {wildcards.shards} of the corpora"
+        "preprocess: tokenize shard {wildcards.scatteritem} of the corpora"
     shell:
         "HF_HUB_OFFLINE=1 RAYON_NUM_THREADS={threads} {params.command}"
-        " --model {params.model} --shard {wildcards.shard}/{wildcards.shards}"
+        " --model {params.model} --shard {wildcards.scatteritem}"
         " --output {params.directory} --log {log}"
 
 

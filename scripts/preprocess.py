@@ -10,8 +10,8 @@ is there.
 
 Several jobs can do it side by side; the result is the same to the byte:
 
-    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 1/2 --output A
-    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 2/2 --output B
+    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 1-of-2 --output A
+    python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --shard 2-of-2 --output B
     python scripts/preprocess.py --config config/config.yaml --model MODEL/hf \\
         --merge A/manifest.json B/manifest.json --output DATA
 """
@@ -89,14 +89,14 @@ def find_model_manifest(model: Path, given: Path | None) -> Path:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Two numbers of INDEX/COUNT, where 1 is the first."""
-    index, count = map(int, text.split("/"))
+    """Two numbers of INDEX-of-COUNT, as Snakemake's scattergather says it: 1 is the first."""
+    index, count = map(int, text.split("-of-"))
     if not 1 <= index <= count:
         raise ValueError
     return index, count
 
 
-shard_of.__name__ = "shard (such as 2/8)"  # as argparse words its error
+shard_of.__name__ = "shard (such as 2-of-8)"  # as argparse words its error
 
 
 def main() -> int:
@@ -114,7 +114,7 @@ def main() -> int:
         "--output", type=Path, required=True, help="directory to make; an earlier one is replaced"
     )
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--shard", type=shard_of, help="tokenize only this part, such as 2/8")
+    way.add_argument("--shard", type=shard_of, help="tokenize only this part, such as 2-of-8")
     way.add_argument(
         "--merge",
         type=Path,

@@ -80,7 +80,12 @@ def test_weights_are_those_of_training_unless_others_are_given() -> None:
         ([{"split": [1, 2]}], {}, "data.corpora[0].split", "[1, 2] is given"),
         ([{"split": [1, "a", 2]}], {}, "data.corpora[0].split[1]", '"a" is given, a number of at'),
         ([{}], {"split": "0,1,1"}, "data.split[0]", "0 is given: training needs a share"),
-        ([{}, {"split": "0,0,0"}], {}, "data.corpora[1].split", "[0.0, 0.0, 0.0] gives no document"),
+        (
+            [{}, {"split": "0,0,0"}],
+            {},
+            "data.corpora[1].split",
+            "[0.0, 0.0, 0.0] gives no document",
+        ),
         ([{"split": "test"}], {}, "data.corpora", "no corpus gives documents to training (train)"),
         ([{"valid_weight": 0}], {}, "data.corpora", "no corpus gives documents to validation"),
         (
@@ -250,7 +255,9 @@ def test_documents_that_end_otherwise_are_refused(
     known = tokenizer.describe()["end_of_document"]
     check_ends(tokenized / "web", known)
     turn = {"token": "<|im_end|>", "id": tokenizer.backend.token_to_id("<|im_end|>")}
-    with pytest.raises(InputError, match=r"web\.bin: document 0 ends with the id \d+, not with <\|im"):
+    with pytest.raises(
+        InputError, match=r"web\.bin: document 0 ends with the id \d+, not with <\|im"
+    ):
         check_ends(tokenized / "web", turn)
 
 

@@ -54,7 +54,7 @@ RESULTS: dict[str, dict[str, Any]] = {
                 "sample": TEXT,
             },
             "more": {"tokens": 55, "documents": 2},
-        }
+        },
     },
     "train": {
         "iteration": 5,

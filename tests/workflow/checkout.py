@@ -26,7 +26,7 @@ name = pathlib.Path(sys.argv[0]).stem
 if name == "parity":
     name += "_gate" if "gates" in output.parts else "_" + words["--crossing"]
 if "--shard" in words:
-    name += "_shard_" + words["--shard"].split("/")[0]
+    name += "_shard_" + words["--shard"].split("-")[0]
 with open("ran.txt", "a") as stream:
     stream.write(name.replace("launch", "train") + chr(10))
 if name in json.loads(pathlib.Path("failing.json").read_text()):

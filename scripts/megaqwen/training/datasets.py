@@ -107,9 +107,7 @@ def dataset_config(corpora: Corpora, sequence_length: int) -> GPTDatasetConfig:
     if corpora.alike():
         blend = (prefixes, [max(weights) for weights in corpora.weights])
         return GPTDatasetConfig(blend=blend, split=split_argument(corpora.splits[0]), **common)
-    splits = {
-        prefix: list(split) for prefix, split in zip(prefixes, corpora.splits, strict=True)
-    }
+    splits = {prefix: list(split) for prefix, split in zip(prefixes, corpora.splits, strict=True)}
     blends = [blend_of(prefixes, column) for column in zip(*corpora.weights, strict=True)]
     return CorpusSplitsConfig(blend_per_split=blends, corpus_splits=splits, **common)
 

@@ -1,0 +1,65 @@
+"""The shipped experiment for continued pretraining, as it stands, through the whole DAG."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import Checkout, copy_repository
+
+from megaqwen.training.metrics import read_metrics
+
+WORDS = ("all", "--configfile", "config/experiments/continued-pretraining.yaml")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path) -> Checkout:
+    """A clone in which there is a model where the default run exports one, and what continues it."""
+    checkout = copy_repository(tmp_path_factory.mktemp("continued"))
+    exported = checkout.directory / "results" / "runs" / "default" / "export" / "hf"
+    shutil.copytree(tiny_qwen3, exported)
+    done = checkout.snakemake("--profile", "local", *WORDS)
+    assert done.returncode == 0, done.stdout
+    for crossing in ("convert", "export"):
+        assert f"parity after {crossing}: passed" in done.stdout
+    return checkout
+
+
+def results(checkout: Checkout, name: str) -> Any:
+    """A file of the run."""
+    run = checkout.directory / "results" / "runs" / "continued-pretraining"
+    return json.loads((run / name).read_text(encoding="utf-8"))
+
+
+def test_training_learns(checkout: Checkout) -> None:
+    train = results(checkout, "train/manifest.json")["results"]
+    assert train["last_loss"] < train["first_loss"] - 1
+    metrics = checkout.directory / "results/runs/continued-pretraining/train" / train["metrics"]
+    validated = [each for each in read_metrics(metrics) if "validation_loss" in each]
+    assert [each["iteration"] for each in validated] == [20, 40]
+    assert train["test_loss"] is not None
+
+
+def test_the_data_card_tells_what_was_drawn(checkout: Checkout) -> None:
+    corpora = results(checkout, "report/data.json")["corpora"]
+    drawn = {name: card["drawn"] for name, card in corpora.items()}
+    assert {name: set(each) for name, each in drawn.items()} == {
+        "code": {"train", "valid"},
+        "python-docs": {"train"},
+        "rules": {"test"},
+    }
+    assert [drawn[name]["train"]["samples"] for name in ("code", "python-docs")] == [240, 80]
+    assert drawn["rules"]["test"]["documents"] == corpora["rules"]["documents"] == 10
+    assert corpora["code"]["short_documents_skipped"] > 0
+    for card in corpora.values():
+        for facts in card["drawn"].values():
+            assert facts["epochs"] == pytest.approx(facts["samples"] * 256 / facts["tokens"])
+    page = checkout.directory / "results/runs/continued-pretraining/report/report.html"
+    assert f"{drawn['code']['train']['epochs']:.3g}</td>" in page.read_text(encoding="utf-8")
+
+
+def test_nothing_is_left_to_do(checkout: Checkout) -> None:
+    assert checkout.plan(*WORDS) == set()
