@@ -12,12 +12,12 @@ starts: loading the tokenizer, and the comparison of gigatoken with tokenizers.
 `memory` runs scripts/preprocess.py and tells its peak.
 
 Qwen's ranks (qwen.tiktoken) come out of PyPI's dashscope wheel, which is downloaded and not installed.
-They are made into the tokenizer.json of a Qwen2 and checked against tiktoken. The corpus is source code
-and documentation below the folders that --text names, no file twice.
+They are made into the tokenizer.json of a Qwen2. What ours wrote is held against tiktoken with the same
+ranks, in documents from all over the corpus. The corpus is source code and documentation below the
+folders that --text names, no file twice.
 """
 
 import argparse
-import base64
 import gc
 import hashlib
 import itertools
@@ -27,19 +27,14 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-WHEEL = "dashscope"
-RANKS = "dashscope/resources/qwen.tiktoken"
-MARKUP = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-SPECIAL = ("<|im_start|>", "<|im_end|>")
+from qwen_ranks import differences, make_model  # noqa: E402
+
 SUFFIXES = {
     *(".py", ".pyi", ".md", ".rst", ".txt", ".html", ".js", ".json", ".c", ".h", ".hpp", ".cpp"),
     *(".cc", ".cuh", ".rs", ".go", ".ts", ".css", ".po", ".xml", ".pod", ".pm", ".sh", ".tcl"),
@@ -48,86 +43,6 @@ LARGEST_FILE = 400_000  # bytes: larger ones are data
 TEXT = (sys.prefix, sys.base_prefix, "/usr/share", "/usr/include", "/usr/lib", "/opt")
 PLAIN_BYTES = 20_000_000
 WARM = [b"some words " * 100_000] * 4
-
-
-# The tokenizer
-
-
-def fetch_ranks(directory: Path) -> Path:
-    """qwen.tiktoken out of the wheel."""
-    path = directory / "qwen.tiktoken"
-    if not path.is_file():
-        with urllib.request.urlopen(f"https://pypi.org/pypi/{WHEEL}/json") as answer:
-            files = json.load(answer)["urls"]
-        (url,) = (each["url"] for each in files if each["packagetype"] == "bdist_wheel")
-        wheel = directory / "dashscope.whl"
-        urllib.request.urlretrieve(url, wheel)
-        with zipfile.ZipFile(wheel) as archive:
-            path.write_bytes(archive.read(RANKS))
-    return path
-
-
-def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The last merge that makes a token of several bytes, by the ranks before its own."""
-    parts = [bytes([octet]) for octet in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
-
-
-def make_model(directory: Path) -> Path:
-    """A Hugging Face directory with Qwen's tokenizer, and a config.json of its vocabulary's size."""
-    from tokenizers import AddedToken
-    from transformers import Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    model = directory / "model" / "hf"
-    if (model / "tokenizer.json").is_file():
-        return model
-    lines = fetch_ranks(directory).read_bytes().split(b"\n")
-    pairs = (line.split() for line in lines if line.strip())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    letters = bytes_to_unicode()
-
-    def written(token: bytes) -> str:
-        return "".join(letters[octet] for octet in token)
-
-    in_order = sorted(ranks, key=ranks.__getitem__)
-    merges: Any = [
-        tuple(map(written, merge_of(token, ranks))) for token in in_order if len(token) > 1
-    ]
-    tokenizer = Qwen2Tokenizer(
-        vocab={written(token): rank for token, rank in ranks.items()},
-        merges=merges,
-        additional_special_tokens=list(SPECIAL),
-    )
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in MARKUP])
-    model.mkdir(parents=True, exist_ok=True)
-    check_with_tiktoken(tokenizer, ranks)
-    tokenizer.save_pretrained(model)
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 151_936}))
-    (model.parent / "manifest.json").write_text("{}")
-    return model
-
-
-def check_with_tiktoken(tokenizer: Any, ranks: dict[bytes, int]) -> None:
-    """The ids of the hard texts are tiktoken's with the same ranks."""
-    import unicodedata
-
-    import tiktoken
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    from megaqwen.data.hard_texts import HARD_TEXTS
-
-    truth = tiktoken.Encoding(
-        "qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens={}
-    )
-    for text in HARD_TEXTS:
-        normal = unicodedata.normalize("NFC", text)
-        if not any(token in text for token in ("<|endoftext|>", *SPECIAL, *MARKUP)):
-            assert tokenizer.encode(text) == truth.encode_ordinary(normal), text
 
 
 # The corpus
@@ -311,6 +226,12 @@ def speed(directory: Path, megabytes: int, pairs: int, folders: list[str]) -> No
             f" {found['ours']['preparing']:.1f} s; load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
+    compared, size, wrong = differences(directory, corpus, directory / "data" / "corpus")
+    print(
+        f"{compared} documents ({size / 1e6:.1f} MB) held against tiktoken: {len(wrong)} differ",
+        *wrong[:5],
+        flush=True,
+    )
     slow = measured("plain", directory, corpus)
     rate = slow["bytes"] / slow["seconds"] / 1e6
     print(

@@ -28,17 +28,16 @@ logger = logging.getLogger("megaqwen.data")
 class Intake:
     """What is noted while a corpus is read: documents that cannot be used, and the files' digests."""
 
-    def __init__(self, corpus: str, tolerated: int = 0, earlier: int = 0):
+    def __init__(self, corpus: str, tolerated: int = 0):
         """Start with nothing.
 
         Args:
             corpus: Its name, for messages.
             tolerated: How many documents may be left out since they cannot be used.
-            earlier: How many of them other shards have had already.
         """
         self.corpus = corpus
         self.tolerated = tolerated
-        self.bad = earlier
+        self.bad = 0
         self.named: list[str] = []
         self.digests: dict[Path, str] = {}
 

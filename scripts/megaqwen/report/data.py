@@ -11,7 +11,8 @@ LEFT_OUT = ("empty", "short", "bad", "duplicate")
 HISTOGRAM = """<h3>{{ name }}: documents by their tokens</h3>
 <table class="lengths">
 {% for label, documents, share in bars %}<tr><td>{{ label }}</td><td>{{ documents }}</td>
-<td style="width: 60%"><div style="width: {{ share }}%; height: .8rem; background: #4a78b5"></div></td></tr>
+<td style="width: 60%"><div style="width: {{ share }}%; height: .8rem; background: #4a78b5"
+></div></td></tr>
 {% endfor %}</table>
 """
 
