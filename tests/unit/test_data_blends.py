@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.training.datasets import (
     Corpora,
-    CorpusShare,
     EndOfDocument,
     build_datasets,
     dataset_config,
@@ -203,7 +203,6 @@ def test_one_split_for_all_is_megatrons_own(tokenized: Path, tmp_path: Path) -> 
     other = corpora(tokenized, tmp_path / "b", **same, held=([1.0, 0.0, 0.0], [1, 0, 0]))
     assert not other.alike()
     ours = build_datasets(other, [8, 4, 4], SEQUENCE)
-    assert isinstance(ours[0].datasets[0], CorpusShare)
     for split, found in zip(theirs, drawn(ours, [8, 4, 4]), strict=True):
         assert found["indices"] | split["indices"] == found["indices"]
 
@@ -243,6 +242,28 @@ def test_epochs_are_what_is_drawn(tokenized: Path, tmp_path: Path) -> None:
         assert facts["epochs"] == pytest.approx(facts["samples"] * SEQUENCE / tokens)
         passes = Counter(dataset.document_index.tolist()).most_common(1)[0][1]
         assert passes == pytest.approx(facts["epochs"], abs=1.1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_small_corpora_are_blended_by_any_weights(
+    tokenized: Path, tmp_path: Path, own: bool
+) -> None:
+    """Where corpora are read many times over, Megatron's own surplus is too small for its blend."""
+    random = Random(7)
+    for trial in range(8):
+        shares = [10 ** random.uniform(-3, 0) for _ in range(9)]
+        parts = Corpora(
+            prefixes=[tokenized / "held"] * len(shares),
+            weights=[[share, share, share / 2 if own else share] for share in shares],
+            splits=[[2, 1, 1]] * len(shares),
+            seed=trial,
+            cache=tmp_path / str(trial),
+            tokenizer=EndOfDocument(eod=0, vocab_size=2560),
+        )
+        wanted = [random.randint(100, 300), 40, 20]
+        found = build_datasets(parts, wanted, 400)  # tokens: about as many as a share has
+        for dataset, count in zip(found, wanted, strict=True):
+            assert len(dataset) >= count
 
 
 # The end of a document, and the tokenizer

@@ -57,17 +57,21 @@ class Corpora:
 
 
 @dataclass
-class CorpusSplitsConfig(GPTDatasetConfig):
-    """For blends that differ between training, validation and test, or splits between corpora."""
+class BlendConfig(GPTDatasetConfig):
+    """Megatron's, with what `CorpusShare` knows of its corpora."""
 
     corpus_splits: dict[str, list[float]] = field(default_factory=dict)
-    """The shares of each corpus's documents, by its prefix."""
+    """The shares of each corpus's documents, by its prefix; none where Megatron's own split says it."""
+    spare_samples: int = 0
+    """How many samples more than its part of the blend each corpus has."""
 
 
 class CorpusShare(GPTDataset):
-    """The training, validation or test share of a corpus that has a split of its own.
+    """The training, validation or test share of a corpus.
 
-    Megatron's blend_per_split hands over a corpus whole.
+    Megatron's blend_per_split hands over a corpus whole; here its own split is taken. And Megatron
+    builds each corpus of a blend half a percent longer than its part, but a blend of n corpora takes up
+    to n + 1 samples more: where the corpora are small, that would end in its IndexError.
     """
 
     def __init__(
@@ -75,15 +79,19 @@ class CorpusShare(GPTDataset):
         indexed_dataset: Any,
         dataset_path: str | None,
         indexed_indices: NDArray[Any],
-        num_samples: int | None,
+        num_samples: int,
         index_split: Split,
-        config: CorpusSplitsConfig,
+        config: BlendConfig,
     ):
         """Take the share of `index_split`; the arguments are those of Megatron's datasets."""
-        split = config.corpus_splits[str(dataset_path)]
-        share = split_documents(len(indexed_indices), split)[index_split.value]
-        indices = indexed_indices[share.start : share.stop]
-        super().__init__(indexed_dataset, dataset_path, indices, num_samples, index_split, config)
+        if config.corpus_splits:
+            split = config.corpus_splits[str(dataset_path)]
+            share = split_documents(len(indexed_indices), split)[index_split.value]
+            indexed_indices = indexed_indices[share.start : share.stop]
+        wanted = num_samples + config.spare_samples
+        super().__init__(
+            indexed_dataset, dataset_path, indexed_indices, wanted, index_split, config
+        )
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -91,7 +99,7 @@ class CorpusShare(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "corpus_splits"]
 
 
-def dataset_config(corpora: Corpora, sequence_length: int) -> GPTDatasetConfig:
+def dataset_config(corpora: Corpora, sequence_length: int) -> BlendConfig:
     """What Megatron's datasets are built by; `sequence_length` is the tokens of a sample."""
     prefixes = [str(prefix) for prefix in corpora.prefixes]
     common: dict[str, Any] = {
@@ -103,13 +111,14 @@ def dataset_config(corpora: Corpora, sequence_length: int) -> GPTDatasetConfig:
         "reset_attention_mask": False,
         "eod_mask_loss": False,
         "create_attention_mask": False,
+        "spare_samples": len(prefixes) + 1 if len(prefixes) > 1 else 0,
     }
     if corpora.alike():
         blend = (prefixes, [max(weights) for weights in corpora.weights])
-        return GPTDatasetConfig(blend=blend, split=split_argument(corpora.splits[0]), **common)
+        return BlendConfig(blend=blend, split=split_argument(corpora.splits[0]), **common)
     splits = {prefix: list(split) for prefix, split in zip(prefixes, corpora.splits, strict=True)}
     blends = [blend_of(prefixes, column) for column in zip(*corpora.weights, strict=True)]
-    return CorpusSplitsConfig(blend_per_split=blends, corpus_splits=splits, **common)
+    return BlendConfig(blend_per_split=blends, corpus_splits=splits, **common)
 
 
 def blend_of(
@@ -135,8 +144,8 @@ def build_datasets(
         reads_data: Whether this rank has them.
     """
     config = dataset_config(corpora, sequence_length)
-    kind = CorpusShare if isinstance(config, CorpusSplitsConfig) else GPTDataset
-    return list(BlendedMegatronDatasetBuilder(kind, list(samples), reads_data, config).build())
+    builder = BlendedMegatronDatasetBuilder(CorpusShare, list(samples), reads_data, config)
+    return list(builder.build())
 
 
 def dataset_provider(corpora: Corpora) -> Any:
