@@ -8,7 +8,7 @@ from megaqwen.data.files import corpus_files
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import check_writable, write_json, write_text
+from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
 
@@ -100,7 +100,7 @@ def ranks_needed(wildcards):
 def store_resolved_config():
     """Keep the config that the run was made with, beside its results, where the stages read it."""
     write_text(RUN_CONFIG, resolved_yaml(CONFIG))
-    write_json(LAYOUT.shard_record, {"shards": len(gather.shards("{scatteritem}"))})
+    LAYOUT.store_shard_count(len(gather.shards("{scatteritem}")))
 
 
 def say_where_results_are():

@@ -13,7 +13,7 @@ from typing import Any
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
-from megaqwen.provenance import digest, read_json
+from megaqwen.provenance import digest, read_json, write_json
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
 RECIPE = {
@@ -123,11 +123,18 @@ class Layout:
             return self.config.data.shards
         if self.shard_record.is_file():
             return int(read_json(self.shard_record)["shards"])
-        return 1 if planning else self.config.data.shards
+        return 1
+
+    def store_shard_count(self, count: int) -> None:
+        """Keep the number of shards of a plan for its jobs and for later plans; none is one."""
+        if count > 1:
+            write_json(self.shard_record, {"shards": count})
+        else:
+            self.shard_record.unlink(missing_ok=True)
 
     @cached_property
     def shard_record(self) -> Path:
-        """The file that keeps the number of shards."""
+        """The file that keeps the number of shards where there are several."""
         return self.data.with_name(f"{self.data.name}.shards.json")
 
     @cached_property

@@ -226,6 +226,7 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("save", "here", "set `run` and `results`"),
         ("data_path", ["x"], "it comes from the `data` section"),
         ("tokenizer_type", "NullTokenizer", "the model's own tokenizer is used"),
+        ("eod_mask_loss", True, "text joined by end-of-document tokens"),
         ("ckpt_format", "torch", "written and resumed as torch_dist"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),
         ("train_samples", 8, "use train_iters"),
@@ -408,7 +409,9 @@ def test_every_shipped_yaml_is_valid(path: Path) -> None:
 def test_the_experiments_are_what_their_names_say() -> None:
     configs = {path.stem: load_config(DEFAULT, read_yaml(path)) for path in EXPERIMENTS}
     default = load_config(DEFAULT)
-    assert {"qwen2.5", "data-parallel", "hub", "files", "moe"} <= set(configs)
+    assert {"qwen2.5", "data-parallel", "hub", "files", "moe", "continued-pretraining"} <= set(
+        configs
+    )
     assert check_model_fits(configs["moe"], tiny_hf_config("qwen3_moe"), 2) == []
     assert configs["qwen2.5"].train == default.train
     assert configs["data-parallel"].model == default.model

@@ -69,6 +69,16 @@ def test_a_folder_is_refused_with_advice() -> None:
         corpus_files(corpus("deep"))
 
 
+def test_a_folder_of_several_splits_names_them(folder: Path) -> None:
+    (folder / "saved" / "train").mkdir(parents=True)
+    (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "saved" / "train" / "state.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"saved holds several splits .*: name one of them, saved/train"
+    ):
+        corpus_files(corpus("saved"))
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

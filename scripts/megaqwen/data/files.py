@@ -21,7 +21,8 @@ FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-SAVED_STATE = "state.json"
+SAVED_STATE = "state.json"  # of a data set that `datasets` saved
+SAVED_SPLITS = "dataset_dict.json"  # of several in one folder
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
 
@@ -52,6 +53,12 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
         return [path]
     if (path / SAVED_STATE).is_file():
         return saved_files(corpus, path)
+    if (path / SAVED_SPLITS).is_file():
+        splits = sorted(str(each.parent) for each in path.glob(f"*/{SAVED_STATE}"))
+        raise InputError(
+            f"corpus {corpus}: {pattern} holds several splits of a data set: name one of them, "
+            f"{' or '.join(splits) or 'each a folder below it'}"
+        )
     if path.is_dir():
         raise InputError(
             f"corpus {corpus}: {pattern} is a folder: name its files, such as {path}/**/*.jsonl"
