@@ -226,6 +226,7 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("save", "here", "set `run` and `results`"),
         ("data_path", ["x"], "it comes from the `data` section"),
         ("tokenizer_type", "NullTokenizer", "the model's own tokenizer is used"),
+        ("full_validation", True, "eval_iters says how much"),
         ("eod_mask_loss", True, "text joined by end-of-document tokens"),
         ("ckpt_format", "torch", "written and resumed as torch_dist"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),

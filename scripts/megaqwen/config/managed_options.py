@@ -13,6 +13,7 @@ DROPOUT = "Qwen is trained without dropout: the model's config.json says so"
 PATHS = "the run's own directories are used: set `run` and `results`"
 DATA = "it comes from the `data` section: set corpora, weights, split or seed there"
 DATASETS = "documents are packed into samples in one way: text joined by end-of-document tokens"
+EVALUATION = "a validation draws from the corpora by their weights: eval_iters says how much"
 TOKENIZER = "the model's own tokenizer is used: text is tokenized by preprocess"
 CHECKPOINTS = "checkpoints are written and resumed as torch_dist in one way, which export reads"
 LAUNCH = "the launcher and the machine decide it"
@@ -60,6 +61,7 @@ BY_NAME: dict[str, str] = {
         mid_level_dataset_surplus allow_ambiguous_pad_tokens dataloader_fast_cache_load
         dataloader_defer_npy_index_mmap mask_prob short_seq_prob sft sft_tokenizer_prompt_format
         hybrid_context_parallel max_seqlen_per_dp_cp_rank""",
+    EVALUATION: "full_validation",
     CHECKPOINTS: """
         ckpt_format auto_detect_ckpt_format ckpt_convert_format ckpt_step finetune
         ckpt_convert_update_legacy_dist_opt_format use_checkpoint_args override_ckpt_iteration
