@@ -310,7 +310,10 @@ def test_the_ends_of_documents_are_trained_on(
         assert sample["loss_mask"].all()
     # The trap: with an Instruct tokenizer's eos and pad token the ends are masked and made id 0.
     turn = plain.convert_tokens_to_ids("<|im_end|>")
-    trap = EndOfDocument(eod=turn, vocab_size=2560, pad=end)
+    with pytest.raises(InputError, match=f"^{end} is given as the id that pads"):
+        EndOfDocument(eod=turn, vocab_size=2560, pad=end)
+    trap = EndOfDocument(eod=turn, vocab_size=2560)
+    object.__setattr__(trap, "pad", end)
     for sample in samples(tmp_path / "notes", tmp_path / "trap", trap):
         assert end not in sample["tokens"] and not sample["loss_mask"].all()
 

@@ -13,6 +13,7 @@ from megatron.training import get_args
 from numpy.typing import NDArray
 
 from megaqwen.data.splits import split_argument, split_documents
+from megaqwen.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,15 @@ class EndOfDocument:
     vocab_size: int
     """How many ids there are; decides the width of an id on disk."""
     pad: int = -1
-    """No id: the files have no padding, and an id here would be masked from the loss."""
+    """No id: the files have no padding."""
+
+    def __post_init__(self) -> None:
+        """Refuse the trap in which what pads is what ends documents: no model would learn to end."""
+        if self.pad >= 0:
+            raise InputError(
+                f"{self.pad} is given as the id that pads: Megatron takes its tokens out of the loss and"
+                " makes them 0 in the input, and tokenized documents have no padding: leave pad out"
+            )
 
     @property
     def unique_identifiers(self) -> dict[str, int]:
