@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 def compare(model: str, checkpoint: str, change: dict[str, Any]) -> dict[str, Any]:
     """One model, at all positions that its config.json allows."""
     import torch
+    from megaqwen.parity.models import HuggingFaceModel, MegatronModel
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
     from megaqwen.architecture import megatron_options
-    from megaqwen.parity.models import HuggingFaceModel, MegatronModel
     from megaqwen.weights import HuggingFaceWeights
 
     config = HuggingFaceWeights(Path(model)).config

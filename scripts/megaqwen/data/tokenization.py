@@ -20,7 +20,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
 )
+
+
+def tokenizer_digests(model: Path) -> dict[str, str]:
+    """SHA-256 of the tokenizer's files and the chat template in a model directory, by their names."""
+    paths = (model / name for name in TOKENIZER_FILES)
+    return {path.name: sha256_file(path) for path in paths if path.is_file()}
 
 
 class DocumentTokenizer:
@@ -70,10 +77,9 @@ class DocumentTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps: class, files with digests, vocabulary size, end of document."""
-        files = [name for name in TOKENIZER_FILES if (self.model / name).is_file()]
         return {
             "class": type(self.tokenizer).__name__,
-            "files": {name: sha256_file(self.model / name) for name in files},
+            "files": tokenizer_digests(self.model),
             "vocabulary_size": self.vocabulary_size,
             "end_of_document": {"token": END_OF_DOCUMENT, "id": self.end_of_document},
         }

@@ -1,14 +1,4 @@
-"""The gates: one statistic each, its threshold, and why that threshold.
-
-| gate | statistic | threshold | reason |
-|---|---|---|---|
-| tensors | tensors that differ in dtype, shape or any bit | 0 | conversion copies and reorders |
-| architecture | Megatron's options that differ between checkpoint and config.json | 0 | one model |
-| logits | largest difference of two float32 logits | parity.max_logit_difference | rounding of sums |
-| argmax | positions whose likeliest token differs | 0 | greedy decoding must not change |
-| kl | largest KL divergence at one position, in nats | 1e-6 | 100 times what rounding gives |
-| loss | difference of the mean losses, in nats per token | 1e-5 | perplexity to 5 digits |
-"""
+"""The gates: one statistic each, its threshold, and why that threshold: see README.md beside this."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaqwen.parity.comparing import Comparison, PointError, Routing, nan_is_worst
+
+LAYER_THRESHOLD = 2.0
+MEAN_THRESHOLD_SHARE = 0.25
 KL_THRESHOLD = 1e-6
 LOSS_THRESHOLD = 1e-5
+NULLS = 4.0
+"""A model of large logits may differ by this many times its own float32 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,48 +43,22 @@ class Gate:
         return f"{words}, {self.detail}" if self.detail and not self.passed else words
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two models' float32 logits of one text, compared at every position."""
-
-    text: str
-    """The text's name."""
-    positions: int
-    max_difference: float
-    worst_position: int
-    argmax_differences: int
-    max_kl: float
-    reference_loss: float
-    """Mean cross entropy of the next token in nats, of the Hugging Face model."""
-    loss: float
-    """The same of the Megatron model."""
-
-
-def compare_logits(name: str, tokens: Tensor, reference: Tensor, logits: Tensor) -> Comparison:
-    """Compare logits at all positions of a text.
-
-    Args:
-        name: The text's name.
-        tokens: [positions] token ids.
-        reference: [positions, vocabulary] logits of the Hugging Face model.
-        logits: [positions, vocabulary] logits of the Megatron model.
-    """
-    reference, logits = reference.double(), logits.double()
-    difference = (reference - logits).abs().amax(dim=-1)
-    log_p = reference.log_softmax(dim=-1)
-    log_q = logits.log_softmax(dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    targets = tokens[1:, None]
-    return Comparison(
-        text=name,
-        positions=len(tokens),
-        max_difference=float(difference.max()),
-        worst_position=int(difference.argmax()),
-        argmax_differences=int((reference.argmax(dim=-1) != logits.argmax(dim=-1)).sum()),
-        max_kl=float(kl.max()),
-        reference_loss=float(-log_p[:-1].gather(1, targets).mean()),
-        loss=float(-log_q[:-1].gather(1, targets).mean()),
+def layers_gate(points: Sequence[PointError]) -> Gate:
+    """The gate on every point of every layer, in units of what rounding alone does there."""
+    worst = max(points, key=lambda point: nan_is_worst(point.ratio))
+    first = first_divergence(points)
+    return Gate(
+        name="layers",
+        statistic="largest error at a point in units of transformers' own rounding",
+        value=worst.ratio,
+        threshold=LAYER_THRESHOLD,
+        detail=f"first beyond it: {first}" if first else str(worst),
     )
+
+
+def first_divergence(points: Sequence[PointError]) -> PointError | None:
+    """The first point, in the order of computation, that is further off than rounding explains."""
+    return next((point for point in points if not point.ratio <= LAYER_THRESHOLD), None)
 
 
 def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float) -> list[Gate]:
@@ -100,7 +70,9 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
         return float(getattr(row, field)), place
 
     difference, where = worst("max_difference")
+    mean, where_mean = worst("mean_difference")
     kl, where_kl = worst("max_kl")
+    allowed = max(max_logit_difference, NULLS * max(item.null for item in comparisons))
     argmax = sum(item.argmax_differences for item in comparisons)
     positions = sum(item.positions - 1 for item in comparisons)
     gap = sum((item.loss - item.reference_loss) * (item.positions - 1) for item in comparisons)
@@ -109,8 +81,15 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
             name="logits",
             statistic="max |difference| in float32",
             value=difference,
-            threshold=max_logit_difference,
+            threshold=allowed,
             detail=where,
+        ),
+        Gate(
+            name="mean logits",
+            statistic="mean |difference| in float32",
+            value=mean,
+            threshold=MEAN_THRESHOLD_SHARE * allowed,
+            detail=where_mean,
         ),
         Gate(
             name="argmax",
@@ -136,9 +115,29 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
     ]
 
 
-def nan_is_worst(value: float) -> float:
-    """A key by which NaN, the surest sign of a mistake, counts as the largest value."""
-    return float("inf") if value != value else value
+def generation_gate(comparisons: Sequence[Comparison]) -> Gate:
+    """The gate on greedy generation, over texts that end with what the reference generated."""
+    different = [item.text for item in comparisons if item.argmax_differences]
+    return Gate(
+        name="generation",
+        statistic=f"of {len(comparisons)} greedy continuations, those that differ",
+        value=len(different),
+        threshold=0,
+        detail=", ".join(different),
+    )
+
+
+def routing_gate(routing: Sequence[Routing]) -> Gate:
+    """The gate on the experts that the routers choose."""
+    worst = max(routing, key=lambda row: row.differences)
+    return Gate(
+        name="experts",
+        statistic=f"of {sum(row.choices for row in routing):,} choices of experts, those that differ",
+        value=sum(row.differences for row in routing),
+        threshold=0,
+        detail=f"most in layer {worst.layer}, where one expert's tokens are"
+        f" {worst.largest_count_difference} more or fewer",
+    )
 
 
 def tensors_gate(read: Callable[[str], Tensor], streamed: Iterable[tuple[str, Tensor]]) -> Gate:
@@ -194,6 +193,24 @@ def architecture_gate(recorded: Mapping[str, Any], described: Mapping[str, Any])
             f"{name} is {recorded[name]} in the checkpoint and {described[name]} by config.json"
             for name in different
         ),
+    )
+
+
+def tokenizer_gate(recorded: Mapping[str, str], found: Mapping[str, str]) -> Gate:
+    """The gate on the files that turn text into tokens.
+
+    Args:
+        recorded: SHA-256 by file name, of the model whose tokenizer made the data.
+        found: The same of the model that is compared.
+    """
+    names = sorted(recorded.keys() | found.keys())
+    different = [name for name in names if recorded.get(name) != found.get(name)]
+    return Gate(
+        name="tokenizer",
+        statistic="files of the tokenizer and chat template that differ",
+        value=len(different),
+        threshold=0,
+        detail=", ".join(different),
     )
 
 

@@ -1,0 +1,144 @@
+"""transformers' model, one layer in memory at a time: the reference that Megatron is held against."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megaqwen.parity.points import Observations, Observed, observe
+from megaqwen.weights import HuggingFaceWeights
+from megaqwen.weights.huggingface import EMBEDDING, HEAD
+
+POINTS = {
+    "attention in": "input_layernorm",
+    "attention out": "self_attn",
+    "mlp in": "post_attention_layernorm",
+    "router": "mlp.gate",
+    "mlp out": "mlp",
+}
+
+
+class FirstLayerReached(Exception):
+    """Ends a forward pass where the decoder begins."""
+
+
+class HuggingFaceLayers:
+    """A Hugging Face model that computes in one dtype, with its plainest attention.
+
+    Its own code makes everything that a layer is called with (mask, rotary embeddings); the layers
+    are then called one by one, each with its weights just read.
+    """
+
+    def __init__(self, weights: HuggingFaceWeights, dtype: torch.dtype):
+        """Build it without weights.
+
+        Args:
+            weights: Of the model directory.
+            dtype: Of weights and arithmetic.
+        """
+        self.weights, self.dtype = weights, dtype
+        config = AutoConfig.from_pretrained(weights.directory)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+        rotary = type(self.model.model.rotary_emb)
+        self.model.model.rotary_emb = rotary(self.model.config)  # its frequencies are no weights
+        self.layers = len(self.model.model.layers)
+
+    @torch.no_grad()
+    def embed(self, texts: list[Tensor]) -> list[Tensor]:
+        """[positions, hidden] embeddings of each text, [positions] token ids."""
+        decoder = self.model.model
+        self.calls: list[dict[str, Any]] = []
+        hidden = []
+
+        def stop(module: nn.Module, args: tuple[Tensor], call: dict[str, Any]) -> None:
+            hidden.append(args[0][0])
+            self.calls.append(call)
+            raise FirstLayerReached
+
+        hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        with self.loaded(decoder.embed_tokens, {"weight": self.read(EMBEDDING)}):
+            for tokens in texts:
+                try:
+                    self.model(tokens[None], use_cache=False)
+                except FirstLayerReached:
+                    continue
+        hook.remove()
+        return hidden
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden: list[Tensor]) -> tuple[list[Tensor], Observations]:
+        """What a layer makes of each text's [positions, hidden], and what was seen within it."""
+        layer = self.model.model.layers[index]
+        with self.loaded(layer, self.layer_tensors(index)), observe(layer, POINTS) as seen:
+            outputs = [
+                layer(states[None], **call)[0]
+                for states, call in zip(hidden, self.calls, strict=True)
+            ]
+        return outputs, [self.observed(each) for each in seen]
+
+    @contextmanager
+    def head(self) -> Iterator[Any]:
+        """Within it: a function from [positions, hidden] to the final norm's and the logits."""
+        decoder, output = self.model.model, self.model.lm_head
+        name = HEAD if HEAD in self.weights.entries else EMBEDDING
+        norm = {"weight": self.read("model.norm.weight")}
+        with (
+            torch.no_grad(),
+            self.loaded(decoder.norm, norm),
+            self.loaded(output, {"weight": self.read(name)}),
+        ):
+            yield decoder.norm, output
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype of the arithmetic."""
+        return self.weights.read(name).to(self.dtype)
+
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors by transformers' names, which stack the experts of the published files."""
+        prefix = f"model.layers.{index}."
+        names = [name for name in self.weights.entries if name.startswith(prefix)]
+        experts = [name for name in names if ".mlp.experts." in name]
+        tensors = {
+            name.removeprefix(prefix): self.read(name) for name in names if name not in experts
+        }
+        if experts:
+            count = 1 + max(int(name.split(".")[5]) for name in experts)
+
+            def stacked(kind: str) -> Tensor:
+                path = f"{prefix}mlp.experts.{{}}.{kind}_proj.weight"
+                return torch.stack([self.read(path.format(expert)) for expert in range(count)])
+
+            gate_up = torch.cat([stacked("gate"), stacked("up")], dim=1)
+            tensors |= {
+                "mlp.experts.gate_up_proj": gate_up,
+                "mlp.experts.down_proj": stacked("down"),
+            }
+        return tensors
+
+    @contextmanager
+    def loaded(self, module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """The module with weights, which it has no longer than this."""
+        module.load_state_dict(tensors, assign=True)
+        try:
+            yield
+        finally:
+            module.to("meta")
+
+    @staticmethod
+    def observed(seen: dict[str, Any]) -> Observed:
+        """One text's observations as [positions, width]; a router's are its logits and choices."""
+        found: Observed = {}
+        for name, output in seen.items():
+            if name == "router":
+                logits, _, choices = output
+                found |= {"router": logits, "choices": choices}
+            else:
+                first = output[0] if isinstance(output, tuple) else output
+                found[name] = first.reshape(-1, first.shape[-1])
+        return found

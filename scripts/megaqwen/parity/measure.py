@@ -1,0 +1,171 @@
+"""Everything that the parity stage measures, gate by gate.
+
+Call `cpu_emulation.install` before this is imported.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
+from megaqwen.config import Config
+from megaqwen.data.tokenization import tokenizer_digests
+from megaqwen.parity import gates
+from megaqwen.parity.gates import Gate
+from megaqwen.parity.generation import continue_greedily
+from megaqwen.parity.huggingface import HuggingFaceLayers
+from megaqwen.parity.megatron import MegatronLayers, recorded_options
+from megaqwen.parity.texts import (
+    cut_to_budget,
+    operations_per_second,
+    prompts,
+    tokenized_texts,
+)
+from megaqwen.parity.walk import EXACT, OTHER, REFERENCE, Layers, Walk, walk
+from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
+from megaqwen.weights.bridge import checked_model
+from megaqwen.words import duration
+
+SECONDS_BETWEEN_LINES = 10
+
+logger = logging.getLogger("megaqwen.parity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The gates, and the figures that they rest on."""
+
+    gates: list[Gate]
+    walk: Walk
+    continuations: dict[str, list[int]]
+    """Token ids of prompts with what the Hugging Face model generated."""
+    seconds: dict[str, float]
+    """What each part took."""
+
+    @property
+    def failed(self) -> list[Gate]:
+        """The gates that did not pass."""
+        return [gate for gate in self.gates if not gate.passed]
+
+    def facts(self) -> dict[str, Any]:
+        """For parity.json."""
+        return {
+            "verdict": "failed" if self.failed else "passed",
+            "gates": [gate.facts() for gate in self.gates],
+            "positions": sum(comparison.positions for comparison in self.walk.comparisons),
+            "texts": [asdict(comparison) for comparison in self.walk.comparisons],
+            "layers": [{**asdict(point), "ratio": point.ratio} for point in self.walk.points],
+            "experts": [asdict(routing) for routing in self.walk.routing],
+            "continuations": self.continuations,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+        }
+
+
+def measure(
+    *,
+    model: Path,
+    checkpoint: Path,
+    data: Path,
+    config: Config,
+    rounded: bool,
+    tokenizer: Mapping[str, str] | None = None,
+) -> Measured:
+    """Hold a Megatron checkpoint against a Hugging Face model.
+
+    Args:
+        model: The Hugging Face directory.
+        checkpoint: The directory with latest_checkpointed_iteration.txt.
+        data: Preprocess's directory.
+        config: The run's.
+        rounded: The model was exported from the checkpoint, so that its dtypes may be narrower.
+        tokenizer: SHA-256 by name of the tokenizer's files as they should be; None where nobody
+            recorded them.
+
+    Raises:
+        InputError: A directory is not what it should be.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed[Result](name: str, work: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    weights, _ = checked_model(model)
+    described = megatron_options(weights.config)
+    del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens
+    recorded = recorded_options(checkpoint, described)
+    dtypes = weights.dtypes if rounded else None
+    streamed = read_hf_tensors(checkpoint, weights.config, dtypes=dtypes)
+    found = [gates.architecture_gate(recorded, described)]
+    found.insert(0, timed("tensors", lambda: gates.tensors_gate(weights.read, streamed)))
+    if tokenizer is not None:
+        found.append(gates.tokenizer_gate(tokenizer, tokenizer_digests(model)))
+
+    added = config.parity.generated_tokens
+    limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
+    texts = tokenized_texts(model, data, config, limit)
+    texts = cut_to_budget(
+        texts, parameters_met(weights), config.parity.minutes, operations_per_second()
+    )
+    reference = HuggingFaceLayers(weights, torch.float32)
+    continued = timed(
+        "generation",
+        lambda: continue_greedily(reference, prompts(texts), min(added, limit - 1)),
+    )
+    longest = max(len(ids) for ids in (*texts.values(), *continued.values()))
+    stored = set(weights.dtypes.values()) if rounded else set()
+    models: dict[str, Layers] = {
+        EXACT: HuggingFaceLayers(weights, torch.float64),
+        REFERENCE: reference,
+        OTHER: MegatronLayers(
+            checkpoint,
+            recorded,
+            weights.config["vocab_size"],
+            longest,
+            # With several dtypes the weights stay as they are, and the gate decides.
+            rounded_to=stored.pop() if len(stored) == 1 else torch.float32,
+        ),
+    }
+    tie = 2 * config.parity.max_logit_difference
+    walked = timed("forward", lambda: walk(models, texts | continued, tie, Progress()))
+    found += [
+        gates.layers_gate(walked.points),
+        *gates.forward_gates(walked.comparisons, config.parity.max_logit_difference),
+    ]
+    if continued:
+        generated = [row for row in walked.comparisons if row.text in continued]
+        found.append(gates.generation_gate(generated))
+    if walked.routing:
+        found.append(gates.routing_gate(walked.routing))
+    return Measured(gates=found, walk=walked, continuations=continued, seconds=seconds)
+
+
+class Progress:
+    """Says now and then how far the walk is."""
+
+    def __init__(self) -> None:
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, layer: int, layers: int) -> None:
+        """Told after each layer."""
+        now = time.monotonic()
+        if now - self.said > SECONDS_BETWEEN_LINES:
+            self.said = now
+            left = (now - self.started) / layer * (layers - layer)
+            logger.info("  layer %d of %d, %s left", layer, layers, duration(left))
+
+
+def parameters_met(weights: HuggingFaceWeights) -> int:
+    """Parameters that a token meets: of the experts only those that are chosen, of two embeddings one."""
+    qwen = read_architecture(weights.config)
+    share = qwen.experts.per_token / qwen.experts.count if qwen.experts else 1.0
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(qwen).items()}
+    return round(sum(size * (share if ".experts." in name else 1) for name, size in sizes.items()))

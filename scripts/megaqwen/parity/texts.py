@@ -1,0 +1,91 @@
+"""The texts whose logits are compared: the config's, a chat, and documents held out from training."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaqwen.config import Config
+from megaqwen.data.splits import heldout_documents
+from megaqwen.errors import InputError
+
+PASSES = 5
+"""What the comparison costs in passes of float32: the float64 one counts for two, and one to spare."""
+LEAST_TOKENS = 16
+PROMPTS = 4
+PROMPT_TOKENS = 16
+
+
+def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict[str, list[int]]:
+    """Token ids of every text that is compared, by its name.
+
+    Args:
+        model: A Hugging Face directory with a tokenizer.
+        data: Preprocess's directory.
+        config: What to compare, and how much of it.
+        limit: Tokens of a text; longer ones are cut.
+
+    Raises:
+        InputError: None of them has two tokens.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given = config.parity.texts
+    texts = {f"text {number}": tokenizer.encode(text) for number, text in enumerate(given, 1)}
+    if tokenizer.chat_template:
+        texts["chat"] = chat_prompt(tokenizer, given[0])
+    for corpus in config.data.corpora:
+        documents = heldout_documents(
+            data / corpus.name, config.data.split, config.parity.held_out_documents
+        )
+        texts |= {
+            f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
+        }
+    texts = {name: tokens[:limit] for name, tokens in texts.items() if len(tokens) > 1}
+    if not texts:
+        raise InputError("parity.texts and the held-out documents have no text of two tokens")
+    return texts
+
+
+def chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """What a model is given when a user says a text."""
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    return ids
+
+
+def cut_to_budget(
+    texts: Mapping[str, list[int]], parameters: int, minutes: float, rate: float
+) -> dict[str, list[int]]:
+    """The texts, each cut to one length at which all of them are compared in time.
+
+    Args:
+        texts: Token ids by name.
+        parameters: That a token meets on its way.
+        minutes: To compare them.
+        rate: Floating point operations in a second, see `operations_per_second`.
+    """
+    affordable = minutes * 60 * rate / (2 * parameters * PASSES)
+    limit = max(len(ids) for ids in texts.values())
+    while limit > LEAST_TOKENS and sum(min(len(ids), limit) for ids in texts.values()) > affordable:
+        limit = max(LEAST_TOKENS, limit * 7 // 8)
+    return {name: ids[:limit] for name, ids in texts.items()}
+
+
+def operations_per_second(size: int = 1024) -> float:
+    """Of float32 matrix products on this machine, as they are measured just now."""
+    matrix = torch.ones(size, size)
+    matrix @ matrix
+    started = time.perf_counter()
+    matrix @ matrix
+    return 2 * size**3 / (time.perf_counter() - started)
+
+
+def prompts(texts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The beginnings of some texts, to be continued, by a name that says so."""
+    some = list(texts.items())[:PROMPTS]
+    return {f"{name} continued": ids[:PROMPT_TOKENS] for name, ids in some}
