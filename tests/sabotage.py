@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaqwen.parity import measure as measuring
 from megaqwen.parity.megatron import MegatronLayers
@@ -66,10 +66,6 @@ def edit(name: str, how: Callable[[Tensor, Facts], Tensor]) -> Callable[[Tensors
         tensors[full] = how(tensors[full], facts).contiguous()
 
     return change
-
-
-def set_fact(name: str, value: Any) -> Callable[[Facts], None]:
-    return lambda facts: facts.__setitem__(name, value)
 
 
 def set_rope(name: str, value: Any) -> Callable[[Facts], None]:
@@ -128,7 +124,7 @@ def flip_a_bit(tensors: Tensors, facts: Facts) -> None:
     tensor.view(torch.int32)[3, 5] ^= 1
 
 
-def write_head(tensors: Tensors, facts: Facts) -> None:
+def untie(tensors: Tensors, facts: Facts) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
 
 
@@ -187,7 +183,6 @@ SABOTAGES = [
         name="YaRN factor 2 where there is none",
         architectures=ALL,
         gate="architecture",
-        point="attention out",
         config=lambda facts: facts["rope_parameters"].update(
             rope_type="yarn", factor=2.0, original_max_position_embeddings=64
         ),
@@ -200,11 +195,13 @@ SABOTAGES = [
         tensors=edit("self_attn.q_proj.weight", interleave_rope),
     ),
     Sabotage(
-        name="norm epsilon 1e-5 for 1e-6",
+        name="norm epsilon 1e-5 for 1e-6, or the reverse",
         architectures=ALL,
         gate="architecture",
         point="attention in",
-        config=set_fact("rms_norm_eps", 1e-5),
+        config=lambda facts: facts.update(
+            rms_norm_eps=1e-5 if facts["rms_norm_eps"] == 1e-6 else 1e-6
+        ),
     ),
     Sabotage(
         name="dropped k bias",
@@ -284,11 +281,17 @@ SABOTAGES = [
         tensors=edit("mlp.shared_expert_gate.weight", lambda tensor, _: torch.zeros_like(tensor)),
     ),
     Sabotage(
-        name="head of its own for a tied one",
-        architectures=("qwen2", "qwen3"),
+        name="output head off by one row",
+        architectures=("qwen2",),
         gate="logits",
-        tensors=write_head,
-        config=set_fact("tie_word_embeddings", False),
+        tensors=edit("lm_head.weight", lambda tensor, _: tensor.roll(1, 0)),
+    ),
+    Sabotage(
+        name="a head of its own for a tied one",
+        architectures=("qwen3",),
+        gate="refused",
+        tensors=untie,
+        config=lambda facts: facts.update(tie_word_embeddings=False),
     ),
     Sabotage(
         name="embedding off by one row",
@@ -355,7 +358,10 @@ SABOTAGES = [
     ),
     Sabotage(name="one bit of one weight", architectures=DENSE, gate="tensors", tensors=flip_a_bit),
     Sabotage(
-        name="tokenizer of another model", architectures=ALL, gate="tokenizer", files=other_tokenizer
+        name="tokenizer of another model",
+        architectures=ALL,
+        gate="tokenizer",
+        files=other_tokenizer,
     ),
     Sabotage(
         name="chat template changed",
@@ -397,5 +403,3 @@ def changed_model(change: Callable[[MegatronLayers], None] | None) -> Iterator[N
         yield
     finally:
         measuring.MegatronLayers = MegatronLayers  # type: ignore[misc]
-
-

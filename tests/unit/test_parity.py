@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megaqwen.parity.gates import Gate, compare_logits, forward_gates, tensors_gate
+from megaqwen.parity import comparing
+from megaqwen.parity.comparing import Comparison, compare_routing, point_error
+from megaqwen.parity.gates import Gate, first_divergence, forward_gates, layers_gate, tensors_gate
+from megaqwen.parity.localization import likely_cause, table
+from megaqwen.parity.texts import cut_to_budget
 
 TOKENS = torch.arange(48) * 37 % 2500
 Tensors = dict[str, Tensor]
@@ -23,6 +27,11 @@ def logits(directory: Path, change: Callable[[Tensors], None], **settings: float
     change(tensors)
     model.load_state_dict(tensors)
     return model(TOKENS[None]).logits[0]
+
+
+def compare_logits(name: str, tokens: Tensor, reference: Tensor, other: Tensor) -> Comparison:
+    """Of logits whose rounding is 0, in one block."""
+    return comparing.compare_logits(name, tokens, [(reference, reference, other)], tie=2e-4)
 
 
 def failed(reference: Tensor, other: Tensor) -> set[str]:
@@ -76,7 +85,8 @@ def test_the_comparison_measures_what_it_says() -> None:
     other = reference.clone()
     other[1, 1] = math.log(3)  # probabilities 1/4 and 3/4 at position 1
     found = compare_logits("a", tokens, reference, other)
-    assert (found.positions, found.worst_position, found.argmax_differences) == (3, 1, 1)
+    assert (found.positions, found.worst_position) == (3, 1)
+    assert (found.argmax_differences, found.ties) == (0, 1)  # the reference has two equal logits
     assert found.max_difference == pytest.approx(math.log(3))
     assert found.max_kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert found.reference_loss == pytest.approx(math.log(2))
@@ -105,3 +115,75 @@ def test_the_tensors_gate_sees_each_bit() -> None:
         gate = tensors_gate(one.__getitem__, [("b", one["b"]), ("a", other)])
         assert (gate.passed, gate.value) == (False, 1)
         assert "of 2 tensors; the first that differs: a" in str(gate)
+
+
+def test_blocks_of_positions_come_to_the_same_as_all_at_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.arange(10) % 7
+    reference = torch.randn(10, 7, generator=generator)
+    other = reference + 0.1 * torch.randn(10, 7, generator=generator)
+    whole = compare_logits("a", tokens, reference, other)
+    runs = [slice(0, 4), slice(4, 9), slice(9, 10)]
+    blocks = [(reference[run], reference[run], other[run]) for run in runs]
+    parts = comparing.compare_logits("a", tokens, blocks, tie=2e-4)
+    assert parts.loss == pytest.approx(whole.loss) and parts.max_kl == pytest.approx(whole.max_kl)
+    assert parts.by_position == pytest.approx(whole.by_position) and len(parts.by_position) == 10
+    assert parts.mean_difference == pytest.approx(float((reference - other).abs().mean()))
+    assert parts.argmax_differences == whole.argmax_differences
+
+
+def test_a_tie_is_no_other_token_and_more_than_a_tie_is() -> None:
+    reference = torch.tensor([[1.0, 1.0 - 1e-5, 0.0], [1.0, 0.9, 0.0]])
+    other = torch.tensor([[1.0 - 1e-5, 1.0, 0.0], [0.9, 1.0, 0.0]])
+    found = compare_logits("a", torch.tensor([0, 1]), reference, other)
+    assert (found.ties, found.argmax_differences) == (1, 1)
+
+
+def test_large_logits_may_differ_by_their_own_rounding() -> None:
+    reference = 1e4 * torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    exact, other = reference.double() + 1e-3, reference + 2e-3
+    tokens = torch.arange(8) % 5
+    found = comparing.compare_logits("a", tokens, [(exact, reference, other)], tie=2e-4)
+    gates = {gate.name: gate for gate in forward_gates([found], 1e-4)}
+    assert gates["logits"].passed and gates["logits"].threshold == pytest.approx(4e-3, rel=0.2)
+    more = comparing.compare_logits("a", tokens, [(exact, reference, reference + 2e-2)], tie=2e-4)
+    assert not {gate.name: gate for gate in forward_gates([more], 1e-4)}["logits"].passed
+
+
+def test_the_first_point_beyond_rounding_is_named() -> None:
+    exact = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    reference = exact * (1 + 1e-7)
+    good, bad = reference * (1 + 1e-7), reference.clone()
+    bad[3] *= 1.001
+    names = ["prose", "code"]
+    points = [
+        point_error(layer, point, names, [exact] * 2, [reference] * 2, [good, other])
+        for layer, point, other in ((None, "embedding", good), (0, "mlp out", bad), (0, "out", bad))
+    ]
+    assert points[0].ratio == pytest.approx(1, rel=1e-3) and points[1].ratio > 100
+    first = first_divergence(points)
+    assert first is points[1] and str(first) == "layer 0 mlp out (worst in code at position 3)"
+    gate = layers_gate(points)
+    assert not gate.passed and str(first) in gate.detail
+    marked = [line for line in table(points) if "the first" in line]
+    assert len(marked) == 1 and "mlp out" in marked[0]
+    assert "gate and up" in likely_cause([gate], points)
+    assert layers_gate(points[:1]).passed and first_divergence(points[:1]) is None
+
+
+def test_another_expert_counts_where_no_tie_explains_it() -> None:
+    logits = torch.tensor([[3.0, 2.0, 2.0 - 1e-5, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    mine = torch.tensor([[0, 1], [0, 1]])
+    theirs = torch.tensor([[2, 0], [0, 2]])
+    found = compare_routing(5, [{"router": logits, "choices": mine}], [{"choices": theirs}], 2e-4)
+    assert (found.choices, found.ties, found.differences) == (4, 1, 1)
+    assert found.largest_count_difference == 2
+
+
+def test_texts_are_cut_to_what_a_budget_affords() -> None:
+    texts = {"a": list(range(1000)), "b": list(range(10))}
+    assert cut_to_budget(texts, parameters=10**6, minutes=1, rate=1e12) == texts
+    cut = cut_to_budget(texts, parameters=10**9, minutes=1, rate=1e11)
+    assert 16 <= len(cut["a"]) <= 590 and cut["b"] == texts["b"]
+    assert sum(map(len, cut.values())) * 2 * 10**9 * 5 <= 60 * 1e11
+    assert len(cut_to_budget(texts, parameters=10**12, minutes=1, rate=1e9)["a"]) == 16

@@ -18,7 +18,18 @@ from workspace import Workspace
 LAYER = "model.layers.2"
 TEXTS = ["The quick brown fox.", "今天天气很好。"]
 Tensors = dict[str, torch.Tensor]
-GATES = ["tensors", "architecture", "logits", "argmax", "kl", "loss"]
+GATES = {
+    "tensors": 0,
+    "architecture": 0,
+    "tokenizer": 0,
+    "layers": 2,
+    "logits": 1e-4,
+    "mean logits": 2.5e-5,
+    "argmax": 0,
+    "kl": 1e-6,
+    "loss": 1e-5,
+    "generation": 0,
+}
 
 
 class Crossing:
@@ -66,7 +77,7 @@ class Crossing:
         assert not self.output.exists(), "an earlier verdict would stand for this one"
         found = read_json(self.output.with_name("failed.json"))
         assert found["verdict"] == "failed" and "Traceback" not in text
-        assert [gate["name"] for gate in found["gates"]] == GATES
+        assert [gate["name"] for gate in found["gates"]] == list(GATES)
         (message,) = (line for line in text.splitlines() if "error:" in line)
         assert "failed.json" in message
         return message, {gate["name"]: gate for gate in found["gates"] if not gate["passed"]}
@@ -96,14 +107,24 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     found = manifest["results"]
     assert (found["crossing"], found["verdict"]) == ("convert", "passed")
     bounds = {gate["name"]: gate["threshold"] for gate in found["gates"]}
-    assert bounds == dict(zip(GATES, (0, 0, 1e-4, 0, 1e-6, 1e-5), strict=True))
+    assert bounds == GATES
     for gate in found["gates"]:
         assert gate["passed"] and 0 <= gate["value"] <= gate["threshold"]
         assert f"passed {gate['name']}: {gate['statistic']} " in text
-    assert [row["text"] for row in found["texts"]] == ["text 1", "text 2", "lines 1", "lines 2"]
+    texts = ["text 1", "text 2", "chat", "lines 1", "lines 2"]
+    continued = [f"{name} continued" for name in texts[:4]]
+    assert [row["text"] for row in found["texts"]] == texts + continued
+    assert list(found["continuations"]) == continued
+    assert all(len(ids) <= 16 + 8 for ids in found["continuations"].values())
+    assert [row["point"] for row in found["layers"]][:3] == [
+        "embedding",
+        "attention in",
+        "attention out",
+    ]
+    assert found["layers"][-1]["point"] == "final norm" and found["seconds"]["forward"] > 0
     assert found["positions"] == sum(row["positions"] for row in found["texts"])
-    assert 7 < found["texts"][2]["loss"] < 9  # about log(2560): the model is random
-    assert found["texts"][2]["positions"] == 40
+    assert 7 < found["texts"][3]["loss"] < 9  # about log(2560): the model is random
+    assert found["texts"][3]["positions"] == 40
 
 
 def test_one_flipped_bit_fails_at_its_tensor(qwen3: Crossing) -> None:

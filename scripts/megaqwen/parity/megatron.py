@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training import global_vars
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor, nn
@@ -89,6 +91,9 @@ class MegatronLayers:
             "train_iters": 1,
             "lr": 1.0,
         }
+        # Megatron keeps what it parsed for the whole process; another model may have been here.
+        global_vars.unset_global_variables()
+        unset_num_microbatches_calculator()
         sys.argv = [sys.argv[0], *to_arguments(options)]
         config = model_config(parse_and_validate_args())
         config.transformer.perform_initialization = False
