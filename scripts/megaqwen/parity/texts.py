@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megaqwen.config import Config
+from megaqwen.config.blends import corpus_split
 from megaqwen.data.splits import heldout_documents
 from megaqwen.errors import InputError
 
@@ -38,9 +39,9 @@ def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict
     if tokenizer.chat_template:
         texts["chat"] = chat_prompt(tokenizer, given[0])
     for corpus in config.data.corpora:
-        documents = heldout_documents(
-            data / corpus.name, config.data.split, config.parity.held_out_documents
-        )
+        split = corpus_split(config.data, corpus)
+        prefix = data / corpus.name
+        documents = heldout_documents(prefix, split, config.parity.held_out_documents)
         texts |= {
             f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
         }
