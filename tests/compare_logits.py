@@ -18,26 +18,30 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 def compare(model: str, checkpoint: str, change: dict[str, Any]) -> dict[str, Any]:
     """One model, at all positions that its config.json allows."""
     import torch
-    from megaqwen.parity.models import HuggingFaceModel, MegatronModel
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.training import global_vars
 
     from megaqwen.architecture import megatron_options
+    from megaqwen.parity.huggingface import HuggingFaceLayers
+    from megaqwen.parity.megatron import MegatronLayers
+    from megaqwen.parity.walk import Layers
     from megaqwen.weights import HuggingFaceWeights
 
-    config = HuggingFaceWeights(Path(model)).config
-    vocabulary, positions = config["vocab_size"], config["max_position_embeddings"]
-    options = {**megatron_options(config), **change}
+    weights = HuggingFaceWeights(Path(model))
+    vocabulary = weights.config["vocab_size"]
+    positions = weights.config["max_position_embeddings"]
+    options = {**megatron_options(weights.config), **change}
     tokens = torch.randint(vocabulary, (positions,), generator=torch.manual_seed(1))
-    reference = HuggingFaceModel(Path(model)).logits(tokens)
-    megatron = MegatronModel(Path(checkpoint), options, vocabulary, positions)
-    difference = (reference - megatron.logits(tokens)).abs().amax(dim=-1)
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-    destroy_num_microbatches_calculator()
-    global_vars.destroy_global_vars()
-    global_vars.unset_global_variables()
+
+    def logits(layers: Layers) -> torch.Tensor:
+        hidden = layers.embed([tokens])
+        for index in range(layers.layers):
+            hidden, _ = layers.layer(index, hidden)
+        with layers.head() as (norm, head):
+            found: torch.Tensor = head(norm(hidden[0]))
+            return found
+
+    reference = logits(HuggingFaceLayers(weights, torch.float32))
+    megatron = MegatronLayers(Path(checkpoint), options, vocabulary, positions)
+    difference = (reference - logits(megatron)).abs().amax(dim=-1)
     return {"difference": difference.tolist(), "largest": reference.abs().max().item()}
 
 
