@@ -4,7 +4,8 @@
     python scripts/convert.py --config config/config.yaml --model HF_DIRECTORY --dry-run
 
 DIRECTORY gets checkpoint/, which Megatron loads under any tensor and pipeline parallelism, and
-manifest.json. A dry run prints what becomes of each tensor, and reads no weights.
+manifest.json. A dry run prints what becomes of each tensor, and reads no weights: of a model that is
+not downloaded yet, config.json is enough.
 """
 
 import argparse
@@ -31,16 +32,18 @@ def convert(arguments: argparse.Namespace) -> None:
     record = StageRecord("convert", Layout(config=config).stage_config("convert"))
     if not arguments.output and not arguments.dry_run:
         raise InputError("say where to write: --output DIRECTORY, or --dry-run")
+    if arguments.dry_run:
+        from megaqwen.weights.bridge import dry_run
+
+        for line in dry_run(arguments.model):
+            logger.info("%s", line)
+        return
     verify_model_directory(arguments.model)
 
     use_huge_pages()
     from megaqwen.weights import convert_to_megatron
     from megaqwen.weights.bridge import checked_model
 
-    if arguments.dry_run:
-        for transfer in checked_model(arguments.model)[1]:
-            logger.info("%s", transfer)
-        return
     checkpoint = arguments.output / "checkpoint"
     with new_directory(checkpoint) as directory:
         streamed = convert_to_megatron(

@@ -49,12 +49,12 @@ def export(arguments: argparse.Namespace) -> None:
     import torch
 
     from megaqwen.weights import export_to_huggingface, find_checkpoint
-    from megaqwen.weights.bridge import checked_model
+    from megaqwen.weights.bridge import dry_run
 
     saved = find_checkpoint(arguments.checkpoint, arguments.iteration)
     if arguments.dry_run:
-        for transfer in checked_model(arguments.model)[1]:
-            logger.info("%s", transfer)
+        for line in dry_run(arguments.model, arguments.checkpoint, arguments.iteration):
+            logger.info("%s", line)
         return
     dtype = None if config.export.dtype == "source" else config.export.dtype
     with new_directory(arguments.output / "hf") as directory:

@@ -92,6 +92,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there are safetensors weights, complete or not."""
+    return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+
+
 def find_shards(directory: Path) -> dict[str, set[str]]:
     """The safetensors files of a model, each with the tensors that the index expects in it."""
     if not (directory / INDEX_FILE).is_file():

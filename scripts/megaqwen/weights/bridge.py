@@ -1,5 +1,6 @@
 """The two directions, each a stream over the same plan of transfers."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from megaqwen.architecture import (
     read_architecture,
     tensor_shapes,
 )
+from megaqwen.sources.verify import check_architecture, has_weights
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
 from megaqwen.weights.reading import MegatronWeights, find_checkpoint
@@ -111,6 +113,34 @@ def checked_model(model: Path) -> tuple[HuggingFaceWeights, list[Transfer]]:
     qwen = read_architecture(weights.config)
     weights.check(qwen)
     return weights, plan_transfers(qwen)
+
+
+def dry_run(
+    model: Path, checkpoint: Path | None = None, iteration: int | None = None
+) -> Iterator[str]:
+    """What becomes of each tensor, a line each with names, shapes and transform, and a sum of it all.
+
+    config.json alone says it. Of weights and of a checkpoint, where they are there, the headers are
+    held against it; no tensor is read.
+
+    Raises:
+        InputError: The model is not supported, or weights or checkpoint are of another one.
+    """
+    check_architecture(model / "config.json")
+    weights = HuggingFaceWeights(model)
+    qwen = read_architecture(weights.config)
+    if has_weights(model):
+        weights.check(qwen)
+    transfers = plan_transfers(qwen)
+    if checkpoint:
+        checked_checkpoint(checkpoint, qwen, iteration)
+    yield from map(str, transfers)
+    shapes = tensor_shapes(qwen).values()
+    parameters = sum(math.prod(shape) for shape in shapes)
+    yield (
+        f"{len(shapes):,} tensors of Hugging Face <-> {len(transfers):,} of Megatron,"
+        f" {parameters:,} parameters"
+    )
 
 
 def checked_checkpoint(
