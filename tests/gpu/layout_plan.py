@@ -37,6 +37,7 @@ MOE: dict[str, Any] = {
     "moe_grouped_gemm": True,
     "moe_permute_fusion": True,
     "moe_router_fusion": True,
+    "moe_router_dtype": "fp32",
 }
 FP8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 # What only Transformer Engine on a GPU does; the rest of a layout runs over gloo as well.

@@ -43,6 +43,8 @@ from layout_runs import Launched  # noqa: E402
 from megaqwen.provenance import write_json  # noqa: E402
 
 BOUNDS = {"bf16": 0.02, "fp8": 0.1}  # nats per token
+TUNING = ("NCCL_", "NVTE_", "CUDA_DEVICE_MAX", "PYTORCH_")  # variables that decide speed
+HOPELESS = 4  # so many failures at the start, and no more is tried
 MOST_SECONDS = 100.0  # of one experiment
 MOST_SECONDS_ON_CPU = 400.0
 
@@ -94,7 +96,7 @@ class Measurement:
                 self.models.make()
                 self.say(f"models and data: {time.monotonic() - began:.0f} s")
             if checks:
-                checks.wait_for_trainings()
+                checks.wait_for_trainings(self.left() / 2)
                 self.say(f"trainings from checkpoints: {time.monotonic() - began:.0f} s")
             self.say(HEADING)
             while following:
@@ -108,6 +110,10 @@ class Measurement:
                 ):  # on a CPU, a second one that imports would take the first one's time
                     ready = self.launch(following)
                 self.finish(running)
+                if len(self.experiments) >= HOPELESS and all(
+                    "error" in e for e in self.experiments
+                ):
+                    break
         finally:
             for each in ready:
                 each.end()
@@ -236,7 +242,7 @@ def machine(on_gpu: bool, gpus: int) -> dict[str, Any]:
             versions[name] = ""
     device = gpu_name() if on_gpu else "CPU"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else ""
-    variables = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(TUNING)}
     return {"device": device, "gpus": gpus, **versions, "nccl": nccl, "environment": variables}
 
 
