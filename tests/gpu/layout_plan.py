@@ -19,8 +19,8 @@ SIZES = (2, 4, 8)
 
 COMMON: dict[str, Any] = {
     "bf16": True,
-    "lr": 5.0e-5,
-    "min_lr": 5.0e-5,
+    "lr": 1.0e-5,
+    "min_lr": 1.0e-5,
     "lr_decay_style": "constant",
     "lr_warmup_iters": 0,
     "weight_decay": 0.1,
