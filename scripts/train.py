@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from megaqwen.console import run_command, stage_parser
+from megaqwen.environment import prepare_gpu
 from megaqwen.training.ranks import rank_from_environment
 
 
@@ -33,6 +34,7 @@ def train(arguments: argparse.Namespace) -> None:
     from megaqwen.training.preflight import check_run
 
     run = check_run(arguments)
+    prepare_gpu()
     from megaqwen.training.run import pretrain_run
 
     pretrain_run(run)

@@ -13,3 +13,15 @@ def put_this_python_first() -> None:
 def use_huge_pages() -> None:
     """Have torch, not yet imported, ask for huge pages: large tensors cost few page faults."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def prepare_gpu() -> None:
+    """Settings of torch and Transformer Engine, not yet imported, that training on a GPU takes.
+
+    What is set already stays. Expandable segments keep memory from being cut into pieces that are too
+    small (NCCL then has to leave CUDA graphs' buffers alone). Experts in groups are one matrix product of
+    CUTLASS on Hopper GPUs instead of one of cuBLAS each: twice the tokens of 128 experts a second.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")

@@ -35,6 +35,7 @@ OWN_DEFAULTS = (
     "bias_dropout_fusion",
     "overlap_p2p_comm",
     "eval_interval",
+    "use_transformer_engine_op_fuser",
 )
 
 Option = Mapping[str, Any]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ CPU_OPTIONS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
 }
-# With one: Transformer Engine over NCCL. The fusion is on by default and needs an extension of Apex.
+# Megatron's local implementation would pass over them in silence.
+NEED_GPU = ("use_transformer_engine_op_fuser", "use_te_activation_func")
+# With a GPU: Transformer Engine over NCCL.
 GPU_OPTIONS: dict[str, Any] = {
     "distributed_backend": "nccl",
     "transformer_impl": "transformer_engine",
-    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
 }
 
 
@@ -69,7 +69,7 @@ def training_options(
         # Megatron divides by it, whether or not it evaluates.
         "eval_interval": chosen["train_iters"],
         **architecture,
-        **(GPU_OPTIONS if gpu else cpu_options(chosen)),
+        **(gpu_options(chosen, architecture) if gpu else cpu_options(chosen)),
         # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
         **(
             {"apply_rope_fusion": False}
@@ -82,6 +82,26 @@ def training_options(
     return options
 
 
+def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """What a machine with a GPU needs, and what is faster there.
+
+    Transformer Engine runs a dense MLP as one sequence of fused operations: on one H100 a Qwen2.5-1.5B
+    in bfloat16 gains 2% of speed, a Qwen3-8B in tensorwise FP8 as much. Not where that is not tried or
+    not whole: with tensor parallelism, experts, CUDA graphs, parameters in FP8, or the delayed recipe,
+    whose scales such a sequence does not save.
+    """
+    options = dict(GPU_OPTIONS)
+    if not (
+        chosen.get("tensor_model_parallel_size", 1) > 1
+        or "num_experts" in architecture
+        or chosen.get("cuda_graph_impl", "none") != "none"
+        or chosen.get("fp8_param_gather")
+        or (chosen.get("fp8") and chosen.get("fp8_recipe", "delayed") == "delayed")
+    ):
+        options["use_transformer_engine_op_fuser"] = True
+    return options
+
+
 def cpu_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What a machine without a GPU needs; InputError where the config contradicts it."""
     for name, value in CPU_OPTIONS.items():
@@ -89,6 +109,11 @@ def cpu_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"train.{name} is {chosen[name]!r}, but this machine has no GPU and Megatron then "
                 f"needs {value!r}: leave the option out, it is set to what the machine can do"
+            )
+    for name in NEED_GPU:
+        if chosen.get(name):
+            raise InputError(
+                f"train.{name} is Transformer Engine's, but this machine has no GPU: leave it out"
             )
     options = dict(CPU_OPTIONS)
     if chosen.get("pipeline_model_parallel_size", 1) > 1:

@@ -8,13 +8,20 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_mlp_module_spec_for_backend,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
+
+from megaqwen.training.fused_attention import fuse_attention_input
+from megaqwen.training.fused_kernels import use_fused_loss
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -58,7 +65,23 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpe
         replace_norms(spec)
         for layer in spec.layer_specs:
             keep_expert_norm_key(layer)
+        return spec
+    for layer in spec.layer_specs:
+        fuse_attention_input(layer)
+        if transformer.use_transformer_engine_op_fuser:
+            fuse_dense_mlp(layer)
     return spec
+
+
+def fuse_dense_mlp(layer: ModuleSpec) -> None:
+    """Run a layer's MLP, if it has no experts, as one of Transformer Engine's fused sequences.
+
+    Megatron's block spec leaves use_transformer_engine_op_fuser out: it would mean experts only.
+    """
+    if getattr(layer.submodules.mlp, "func", None) is not MoELayer:
+        layer.submodules.mlp = get_mlp_module_spec_for_backend(
+            TESpecProvider(), use_te_op_fuser=True
+        )
 
 
 def keep_expert_norm_key(layer: ModuleSpec) -> None:
@@ -77,4 +100,7 @@ def model_config(arguments: Namespace) -> GPTModelConfig:
     """The model that Megatron's validated arguments describe."""
     config = gpt_config_from_args(arguments)
     config.transformer_layer_spec = layer_spec
+    on_gpu = config.transformer.transformer_impl == "transformer_engine"
+    if on_gpu and not arguments.cross_entropy_loss_fusion and not arguments.fp16:
+        config.pre_wrap_hooks.append(use_fused_loss)
     return config

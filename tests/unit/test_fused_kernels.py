@@ -1,0 +1,49 @@
+"""What training on a GPU has of its own, as far as a machine without one can tell."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from commands import ROOT, write_config
+from megaqwen.config import load_config
+from megaqwen.errors import InputError
+from megaqwen.training.arguments import cpu_options
+from megaqwen.training.fused_kernels import add_weight_gradient
+
+
+def test_split_norm_rotate_is_the_arithmetic_step_by_step() -> None:
+    """By Triton's interpreter: outputs, the product's gradient and the norms'."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "split_norm_rotate.py"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = re.findall(r"norm (True|False): (\S+)", done.stdout)
+    assert {norm for norm, _ in errors} == {"True", "False"}
+    assert all(0 < float(error) < 1e-5 for _, error in errors), done.stdout
+
+
+def test_weight_gradients_are_added_to_what_is_there() -> None:
+    inputs, gradients, total = torch.randn(5, 3), torch.randn(5, 4), torch.randn(4, 3)
+    expected = total + gradients.T @ inputs
+    add_weight_gradient(inputs, gradients, total)
+    torch.testing.assert_close(total, expected)
+
+
+def test_fused_sequences_are_refused_where_they_would_be_ignored(tmp_path: Path) -> None:
+    train = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["train"]
+    config = write_config(
+        tmp_path / "config.yaml", train={**train, "use_transformer_engine_op_fuser": True}
+    )
+    with pytest.raises(InputError, match=r"use_transformer_engine_op_fuser.*no GPU"):
+        cpu_options(load_config(config).train)
