@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2] / "scripts"), str(HERE.parent)]
 
-from training_cases import CASES, SMALL  # noqa: E402
+from training_cases import CASES, small  # noqa: E402
 
 WAITING = 2  # processes a GPU: one runs, the next imports
 
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--directory", type=Path, required=True, help="for data, logs and results")
     parser.add_argument("--small", action="store_true", help="shrink the shapes")
-    parser.add_argument("--seconds", type=float, default=300, help="the most that a case may take")
+    parser.add_argument("--seconds", type=float, default=400, help="the most that a case may take")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.cases if name not in CASES]:
@@ -50,7 +50,7 @@ def main() -> int:
         from training_worker import measure
 
         case = CASES[arguments.worker]
-        measure(SMALL(case) if arguments.small else case, arguments.directory, arguments.seconds)
+        measure(small(case) if arguments.small else case, arguments.directory, arguments.seconds)
         return 0
     return run_cases(arguments)
 

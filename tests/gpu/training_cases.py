@@ -22,6 +22,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
+    "qwen2.5-7b": {
+        **COMMON,
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "qwen3-8b": {
         **COMMON,
         "model_type": "qwen3",
@@ -90,7 +101,7 @@ class Case:
         return {**shape, "num_hidden_layers": self.layers or shape["num_hidden_layers"]}
 
 
-def SMALL(case: Case) -> Case:
+def small(case: Case) -> Case:
     """The case with a shape that a CPU can train, and no option that it can not."""
     name = f"small-{case.shape}"
     SHAPES.setdefault(
@@ -120,6 +131,79 @@ def SMALL(case: Case) -> Case:
     )
 
 
+# Less optimizer state a weight, so that more layers of a large model fit: their speed is measured.
+LEAN = {
+    "use_distributed_optimizer": True,
+    "use_precision_aware_optimizer": True,
+    "exp_avg_dtype": "bf16",
+    "exp_avg_sq_dtype": "bf16",
+}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+TENSORWISE = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+DELAYED = {
+    "fp8": "hybrid",
+    "fp8_recipe": "delayed",
+    "fp8_amax_history_len": 16,
+    "fp8_amax_compute_algo": "max",
+    "use_transformer_engine_op_fuser": True,
+}
+EXPERTS = {
+    "moe_grouped_gemm": True,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "moe_router_dtype": "fp32",
+}
+ASYNC = {"async_save": True, "use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
+
+
+def qwen_8b(options: dict[str, Any]) -> Case:
+    """As many of its 36 layers as fit."""
+    return Case(
+        shape="qwen3-8b",
+        layers=14,
+        micro=2,
+        accumulate=32,
+        iterations=5,
+        options={**LEAN, **options},
+    )
+
+
+SMALL_ONE = {"shape": "qwen2.5-1.5b", "micro": 4}
 CASES: dict[str, Case] = {
-    "1.5b": Case(shape="qwen2.5-1.5b", micro=4, accumulate=16),
+    "1.5b": Case(**SMALL_ONE, accumulate=16, profiled=True),
+    "1.5b-plain": Case(  # as it was without the kernels of ours and Transformer Engine's sequences
+        shape="qwen2.5-1.5b",
+        micro=2,
+        accumulate=32,
+        options={
+            "gradient_accumulation_fusion": False,
+            "cross_entropy_loss_fusion": True,
+            "use_transformer_engine_op_fuser": False,
+        },
+    ),
+    "1.5b-transformers": Case(
+        shape="qwen2.5-1.5b", micro=2, accumulate=32, iterations=4, library="transformers"
+    ),
+    "1.5b-save": Case(**SMALL_ONE, accumulate=2, iterations=3, saves=True),
+    "1.5b-save-async": Case(**SMALL_ONE, accumulate=2, iterations=3, saves=True, options=ASYNC),
+    "8b": qwen_8b({}),
+    "8b-fp8": qwen_8b(TENSORWISE),
+    "8b-fp8-delayed": qwen_8b(DELAYED),
+    "30b-a3b": Case(
+        shape="qwen3-30b-a3b",
+        layers=6,
+        micro=4,
+        accumulate=16,
+        iterations=6,
+        options={**LEAN, **EXPERTS},
+        profiled=True,
+    ),
+    "7b-whole": Case(  # the largest that trains on 80 GB without offloading
+        shape="qwen2.5-7b",
+        micro=1,
+        accumulate=16,
+        iterations=4,
+        options={**LEAN, **FULL, "main_grads_dtype": "bf16"},
+    ),
 }
