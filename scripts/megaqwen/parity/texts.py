@@ -1,7 +1,4 @@
-"""The texts whose logits are compared: the config's, a chat, and documents held out from training.
-
-What is held out from SFT are conversations as the chat template renders them.
-"""
+"""The texts whose logits are compared: the config's, a chat, and documents held out from training."""
 
 import time
 from collections.abc import Mapping
@@ -44,9 +41,7 @@ def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict
     for corpus in config.data.corpora:
         split = corpus_split(config.data, corpus)
         prefix = data / corpus.name
-        count = config.parity.held_out_documents
-        pretraining = config.data.kind == "pretrain"
-        documents = heldout_documents(prefix, split, count, end_of_document=pretraining)
+        documents = heldout_documents(prefix, split, config.parity.held_out_documents)
         texts |= {
             f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
         }
