@@ -6,9 +6,7 @@
 Every tensor is compared by its bits, the options that the checkpoint records of its model with what
 config.json says, the tokenizer with the one that made the data; then both models walk through texts
 and held-out documents layer by layer, in float32, and are compared at every point and every position.
-A layer at a time is in memory. Before that, Megatron computes logits, gradients and steps of the
-optimizer over the ranks of training's layout: where that takes several, scripts/launch.py starts them.
-The gates and their thresholds: scripts/megaqwen/parity/README.md.
+A layer at a time is in memory. The gates and their thresholds: scripts/megaqwen/parity/README.md.
 
 When one fails, the first point where the models part is named, a table by layer goes to the log
 (--layers prints it always), and what was measured is kept as failed.json beside the output, which is
@@ -24,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config import load_config
-from megaqwen.config.rank_options import check_ranks
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file, write_json
 from megaqwen.sources.recorded import stage_manifest
-from megaqwen.training.ranks import rank_from_environment
 
 logger = logging.getLogger("megaqwen.parity")
 
@@ -42,18 +38,14 @@ def parity(arguments: argparse.Namespace) -> None:
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
     )
     existing(arguments.model / "config.json", "download")
-    rank = rank_from_environment()
-    if rank.speaks:
-        arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
+    arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
     inputs = {"model": arguments.model.parent / "manifest.json"}
     if arguments.checkpoint_manifest:
         inputs["checkpoint"] = arguments.checkpoint_manifest
     if arguments.gate and (verdict := same_verdict(arguments.gate, record, inputs)):
-        if rank.speaks:
-            write_json(arguments.output, verdict)
-            logger.info("parity after %s: passed at the gate already", arguments.crossing)
+        write_json(arguments.output, verdict)
+        logger.info("parity after %s: passed at the gate already", arguments.crossing)
         return
-    check_ranks(config.train, rank.world_size)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -63,19 +55,8 @@ def parity(arguments: argparse.Namespace) -> None:
 
     from megaqwen.parity.localization import likely_cause, table
     from megaqwen.parity.measure import measure
-    from megaqwen.parity.on_ranks import over_ranks
 
-    found = over_ranks(
-        model=arguments.model,
-        checkpoint=arguments.checkpoint,
-        data=arguments.data,
-        config=config,
-        rounded=arguments.crossing == "export",
-    )
-    if found is None:
-        return  # the last rank has what this one computed, and goes on alone
     measured = measure(
-        ranks=found,
         model=arguments.model,
         checkpoint=arguments.checkpoint,
         data=arguments.data,
@@ -85,8 +66,6 @@ def parity(arguments: argparse.Namespace) -> None:
     )
     for gate in measured.gates:
         logger.info("%s %s", "passed" if gate.passed else "FAILED", gate)
-    for name, reason in found.unmeasured.items():
-        logger.info("not measured: %s: %s", name, reason)
     if arguments.layers or measured.failed:
         for line in table(measured.walk.points):
             logger.info("%s", line)
@@ -139,9 +118,7 @@ def main() -> int:
         "--layers", action="store_true", help="print the errors at each point of each layer"
     )
     parser.add_argument("--output", type=Path, required=True, help="parity.json to write")
-    rank = rank_from_environment()
-    suffix = f"rank{rank.rank}.log" if rank.world_size > 1 else ""
-    return run_command(parity, parser, quiet=not rank.speaks, log_suffix=suffix)
+    return run_command(parity, parser)
 
 
 if __name__ == "__main__":

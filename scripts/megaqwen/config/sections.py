@@ -172,12 +172,6 @@ class Parity(Section):
     """How many tokens are generated greedily from the beginnings of the texts."""
     minutes: float = Field(default=10, gt=0)
     """To compare logits; where a large model would take longer on this machine, texts are cut."""
-    gradients: bool = True
-    """Compare the gradient of every tensor, on one batch; what does not fit the memory is left out
-    and said to be."""
-    trajectory_iterations: int = Field(default=5, ge=0)
-    """Steps of Megatron's optimizer that a plain PyTorch loop makes as well, before training; 0 for
-    none. Where memory or minutes do not suffice, it is said that they were not compared."""
 
 
 class Config(Section):

@@ -17,8 +17,6 @@ from megaqwen.architecture import megatron_options, read_architecture, tensor_sh
 from megaqwen.config import Config
 from megaqwen.data.tokenization import tokenizer_digests
 from megaqwen.parity import gates
-from megaqwen.parity.deep import FromRanks
-from megaqwen.parity.deep_gates import Deep, hold_against
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.generation import continue_greedily
 from megaqwen.parity.huggingface import HuggingFaceLayers
@@ -49,8 +47,6 @@ class Measured:
     """Token ids of prompts with what the Hugging Face model generated."""
     seconds: dict[str, float]
     """What each part took."""
-    deep: Deep | None = None
-    """What took ranks; None where they were not asked."""
 
     @property
     def failed(self) -> list[Gate]:
@@ -67,7 +63,6 @@ class Measured:
             "layers": [{**asdict(point), "ratio": point.ratio} for point in self.walk.points],
             "experts": [asdict(routing) for routing in self.walk.routing],
             "continuations": self.continuations,
-            **({"ranks": self.deep.facts()} if self.deep else {}),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
 
@@ -80,7 +75,6 @@ def measure(
     config: Config,
     rounded: bool,
     tokenizer: Mapping[str, str] | None = None,
-    ranks: FromRanks | None = None,
 ) -> Measured:
     """Hold a Megatron checkpoint against a Hugging Face model.
 
@@ -92,7 +86,6 @@ def measure(
         rounded: The model was exported from the checkpoint, so that its dtypes may be narrower.
         tokenizer: SHA-256 by name of the tokenizer's files as they should be; None where nobody
             recorded them.
-        ranks: What Megatron computed over training's ranks; None leaves out its gates.
 
     Raises:
         InputError: A directory is not what it should be.
@@ -105,7 +98,7 @@ def measure(
         seconds[name] = time.perf_counter() - started
         return result
 
-    weights, transfers = checked_model(model)
+    weights, _ = checked_model(model)
     described = megatron_options(weights.config)
     del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens
     recorded = recorded_options(checkpoint, described)
@@ -152,12 +145,7 @@ def measure(
         found.append(gates.generation_gate(generated))
     if walked.routing:
         found.append(gates.routing_gate(walked.routing))
-    deep = None
-    if ranks:
-        deep = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers))
-        found += deep.gates
-        seconds |= ranks.seconds
-    return Measured(gates=found, walk=walked, continuations=continued, seconds=seconds, deep=deep)
+    return Measured(gates=found, walk=walked, continuations=continued, seconds=seconds)
 
 
 class Progress:
