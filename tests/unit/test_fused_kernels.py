@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 from commands import ROOT, write_config
 from megaqwen.config import load_config
 from megaqwen.errors import InputError
-from megaqwen.training.arguments import cpu_options
+from megaqwen.training.arguments import cpu_options, gpu_options
 from megaqwen.training.fused_kernels import add_weight_gradient
 
 
@@ -38,6 +39,28 @@ def test_weight_gradients_are_added_to_what_is_there() -> None:
     expected = total + gradients.T @ inputs
     add_weight_gradient(inputs, gradients, total)
     torch.testing.assert_close(total, expected)
+
+
+DENSE: dict[str, Any] = {"num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "architecture", "fused"),
+    [
+        ({}, DENSE, True),
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, DENSE, True),
+        ({"fp8": "hybrid"}, DENSE, False),  # delayed
+        ({"tensor_model_parallel_size": 2}, DENSE, False),
+        ({"use_distributed_optimizer": True, "overlap_param_gather": True}, DENSE, False),
+        ({"cuda_graph_impl": "local"}, DENSE, False),
+        ({}, {"num_experts": 8}, False),
+    ],
+)
+def test_fused_sequences_are_the_default_where_they_are_whole(
+    chosen: dict[str, Any], architecture: dict[str, Any], fused: bool
+) -> None:
+    options = gpu_options(chosen, architecture)
+    assert options.get("use_transformer_engine_op_fuser", False) is fused
 
 
 def test_fused_sequences_are_refused_where_they_would_be_ignored(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ NEEDS = (
 EXCLUDE = (
     ("fp16", "bf16"),
     ("fp8", "fp4"),
+    # Such a layer would use parameters that nobody waited for.
+    ("use_transformer_engine_op_fuser", "overlap_param_gather"),
     ("lr_warmup_fraction", "lr_warmup_iters"),
     ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
     ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),

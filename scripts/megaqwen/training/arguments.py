@@ -87,8 +87,9 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
 
     Transformer Engine runs a dense MLP as one sequence of fused operations: of a Qwen2.5-1.5B on an H100
     its SwiGLU takes 172 ms an iteration where Megatron's compiled one takes 211 of 2,690. Not where that
-    was not tried or is not whole: with tensor parallelism, experts, CUDA graphs, parameters in FP8, or
-    the delayed recipe, whose scales such a sequence does not save.
+    was not tried or is not whole: with tensor parallelism, experts, CUDA graphs, parameters in FP8, the
+    delayed recipe, whose scales such a sequence does not save, or overlap_param_gather: it would use
+    parameters that nobody waited for.
     """
     options = dict(GPU_OPTIONS)
     if not (
@@ -96,6 +97,7 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
         or "num_experts" in architecture
         or chosen.get("cuda_graph_impl", "none") != "none"
         or chosen.get("fp8_param_gather")
+        or chosen.get("overlap_param_gather")
         or (chosen.get("fp8") and chosen.get("fp8_recipe", "delayed") == "delayed")
     ):
         options["use_transformer_engine_op_fuser"] = True
