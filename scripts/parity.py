@@ -5,7 +5,8 @@
 
 Every tensor is compared by its bits, the options that the checkpoint records of its model with what
 config.json says, the tokenizer with the one that made the data; then both models walk through texts
-and held-out documents layer by layer, in float32, and are compared at every point and every position.
+and held-out documents layer by layer, in float32, and are compared at every point and every position;
+and both tell their losses over held-out samples, after an export those whose loss training logged.
 A layer at a time is in memory. The gates and their thresholds: scripts/megaqwen/parity/README.md.
 
 When one fails, the first point where the models part is named, a table by layer goes to the log
@@ -56,13 +57,19 @@ def parity(arguments: argparse.Namespace) -> None:
     from megaqwen.parity.localization import likely_cause, table
     from megaqwen.parity.measure import measure
 
+    made = stage_results(arguments.data / "tokens", "preprocess")
+    trained = None
+    if arguments.crossing == "export" and arguments.checkpoint_manifest:
+        trained = read_json(arguments.checkpoint_manifest)["results"]
     measured = measure(
         model=arguments.model,
         checkpoint=arguments.checkpoint,
         data=arguments.data,
         config=config,
         rounded=arguments.crossing == "export",
-        tokenizer=recorded_tokenizer(arguments.data),
+        tokenizer=made["tokenizer"]["files"] if made else None,
+        made=made,
+        trained=trained,
     )
     for gate in measured.gates:
         logger.info("%s %s", "passed" if gate.passed else "FAILED", gate)
@@ -83,10 +90,11 @@ def parity(arguments: argparse.Namespace) -> None:
     logger.info("parity after %s: passed at %d positions", arguments.crossing, results["positions"])
 
 
-def recorded_tokenizer(data: Path) -> dict[str, str] | None:
-    """SHA-256 of the files of the tokenizer that made the data, if preprocess recorded them."""
-    manifest = stage_manifest(data / "tokens", "preprocess")
-    return read_json(manifest)["results"]["tokenizer"]["files"] if manifest else None
+def stage_results(directory: Path, stage: str) -> dict[str, Any] | None:
+    """The results in the manifest of the stage that made a directory, if it has one."""
+    manifest = stage_manifest(directory, stage)
+    results: dict[str, Any] | None = read_json(manifest)["results"] if manifest else None
+    return results
 
 
 def same_verdict(

@@ -21,10 +21,10 @@ RECIPE = {
     "convert": 2,
     "preprocess": 2,
     "gate": 2,
-    "parity": 3,
+    "parity": 4,
     "train": 1,
     "export": 1,
-    "report": 2,
+    "report": 3,
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from commands import options, run_script, write_config
 from megaqwen.provenance import read_json, write_json
 from megaqwen.weights import convert_to_megatron
-from workspace import Workspace
+from workspace import OPTIONS, Workspace
 
 LAYER = "model.layers.2"
 TEXTS = ["The quick brown fox.", "今天天气很好。"]
@@ -29,6 +29,7 @@ GATES = {
     "kl": 1e-6,
     "loss": 1e-5,
     "generation": 0,
+    "perplexity": 1e-5,
 }
 
 
@@ -47,6 +48,7 @@ class Crossing:
         self.config = write_config(
             directory / "config.yaml",
             data={"corpora": [{"name": "lines", "source": "builtin"}], "split": [60, 20, 20]},
+            train=OPTIONS,
             parity={"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40},
         )
 
@@ -113,7 +115,7 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
         assert f"passed {gate['name']}: {gate['statistic']} " in text
     texts = ["text 1", "text 2", "chat", "lines 1", "lines 2"]
     continued = [f"{name} continued" for name in texts[:4]]
-    assert [row["text"] for row in found["texts"]] == texts + continued
+    assert [row["text"] for row in found["texts"]] == [*texts, "full length", *continued]
     assert list(found["continuations"]) == continued
     assert all(len(ids) <= 16 + 8 for ids in found["continuations"].values())
     assert [row["point"] for row in found["layers"]][:3] == [
@@ -125,6 +127,10 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     assert found["positions"] == sum(row["positions"] for row in found["texts"])
     assert 7 < found["texts"][3]["loss"] < 9  # about log(2560): the model is random
     assert found["texts"][3]["positions"] == 40
+    assert found["texts"][5]["positions"] == OPTIONS["seq_length"] > 40
+    held_out = found["perplexity"]
+    assert (held_out["kind"], held_out["samples"], held_out["targets"]) == ("test", 4, 4 * 64)
+    assert 7 < held_out["reference_loss"] < 9 and held_out["logged"] is None
 
 
 def test_one_flipped_bit_fails_at_its_tensor(qwen3: Crossing) -> None:

@@ -8,6 +8,8 @@ from megaqwen.parity.gates import Gate, first_divergence
 BY_GATE = {
     "tensors": "the weight mapping (QKV interleaving, gate and up, a tied head) or a stale checkpoint",
     "architecture": "config.json was changed after the checkpoint was made",
+    "trained loss": "an earlier iteration that was exported, other data than training evaluated, or an"
+    " evaluation that was not this model's (dropout left on)",
     "tokenizer": "files of another model or another revision were put into the directory",
 }
 BY_POINT = {

@@ -19,11 +19,19 @@ from megaqwen.data.tokenization import tokenizer_digests
 from megaqwen.parity import gates
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.generation import continue_greedily
+from megaqwen.parity.heldout import sequence_length
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.parity.megatron import MegatronLayers, recorded_options
+from megaqwen.parity.perplexity import (
+    Crossing,
+    Perplexity,
+    measure_perplexity,
+    perplexity_gates,
+)
 from megaqwen.parity.texts import (
     cut_to_budget,
     operations_per_second,
+    positions_in_memory,
     prompts,
     tokenized_texts,
 )
@@ -33,6 +41,8 @@ from megaqwen.weights.bridge import checked_model
 from megaqwen.words import duration
 
 SECONDS_BETWEEN_LINES = 10
+WALK_SHARE = 0.7
+"""Of the time budget, for the walk through the texts; the rest is for the held-out samples."""
 
 logger = logging.getLogger("megaqwen.parity")
 
@@ -43,6 +53,8 @@ class Measured:
 
     gates: list[Gate]
     walk: Walk
+    perplexity: Perplexity | None
+    """Over held-out samples; None where all documents are trained on."""
     continuations: dict[str, list[int]]
     """Token ids of prompts with what the Hugging Face model generated."""
     seconds: dict[str, float]
@@ -62,6 +74,7 @@ class Measured:
             "texts": [asdict(comparison) for comparison in self.walk.comparisons],
             "layers": [{**asdict(point), "ratio": point.ratio} for point in self.walk.points],
             "experts": [asdict(routing) for routing in self.walk.routing],
+            "perplexity": asdict(self.perplexity) if self.perplexity else None,
             "continuations": self.continuations,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
@@ -75,6 +88,8 @@ def measure(
     config: Config,
     rounded: bool,
     tokenizer: Mapping[str, str] | None = None,
+    made: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> Measured:
     """Hold a Megatron checkpoint against a Hugging Face model.
 
@@ -86,6 +101,8 @@ def measure(
         rounded: The model was exported from the checkpoint, so that its dtypes may be narrower.
         tokenizer: SHA-256 by name of the tokenizer's files as they should be; None where nobody
             recorded them.
+        made: The results in preprocess's manifest; without them no held-out samples are compared.
+        trained: The results in training's manifest, after an export.
 
     Raises:
         InputError: A directory is not what it should be.
@@ -111,10 +128,14 @@ def measure(
 
     added = config.parity.generated_tokens
     limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
-    texts = tokenized_texts(model, data, config, limit)
-    texts = cut_to_budget(
-        texts, parameters_met(weights), config.parity.minutes, operations_per_second()
+    full = min(
+        sequence_length(config),
+        weights.config["max_position_embeddings"],
+        positions_in_memory(weights.config["num_attention_heads"]),
     )
+    texts = tokenized_texts(model, data, config, limit, full)
+    budget = config.parity.minutes * 60 * operations_per_second() / (2 * parameters_met(weights))
+    texts = cut_to_budget(texts, WALK_SHARE * budget)
     reference = HuggingFaceLayers(weights, torch.float32)
     continued = timed(
         "generation",
@@ -122,17 +143,13 @@ def measure(
     )
     longest = max(len(ids) for ids in (*texts.values(), *continued.values()))
     stored = set(weights.dtypes.values()) if rounded else set()
+    # With several dtypes the weights stay as they are, and the gate decides.
+    rounded_to = stored.pop() if len(stored) == 1 else torch.float32
+    vocabulary = weights.config["vocab_size"]
     models: dict[str, Layers] = {
         EXACT: HuggingFaceLayers(weights, torch.float64),
         REFERENCE: reference,
-        OTHER: MegatronLayers(
-            checkpoint,
-            recorded,
-            weights.config["vocab_size"],
-            longest,
-            # With several dtypes the weights stay as they are, and the gate decides.
-            rounded_to=stored.pop() if len(stored) == 1 else torch.float32,
-        ),
+        OTHER: MegatronLayers(checkpoint, recorded, vocabulary, longest, rounded_to),
     }
     tie = 2 * config.parity.max_logit_difference
     walked = timed("forward", lambda: walk(models, texts | continued, tie, Progress()))
@@ -145,7 +162,28 @@ def measure(
         found.append(gates.generation_gate(generated))
     if walked.routing:
         found.append(gates.routing_gate(walked.routing))
-    return Measured(gates=found, walk=walked, continuations=continued, seconds=seconds)
+    perplexity = None
+    if made is not None:
+        crossing = Crossing(
+            weights=weights,
+            checkpoint=checkpoint,
+            recorded=recorded,
+            rounded_to=rounded_to,
+            config=config,
+            data=data,
+            made=made,
+            trained=trained or {},
+        )
+        share = (1 - WALK_SHARE) * budget
+        perplexity = timed("perplexity", lambda: measure_perplexity(crossing, share))
+        found += perplexity_gates(perplexity)
+    return Measured(
+        gates=found,
+        walk=walked,
+        perplexity=perplexity,
+        continuations=continued,
+        seconds=seconds,
+    )
 
 
 class Progress:

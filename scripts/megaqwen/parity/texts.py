@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megaqwen.config import Config
@@ -16,10 +18,18 @@ PASSES = 5
 """What the comparison costs in passes of float32: the float64 one counts for two, and one to spare."""
 LEAST_TOKENS = 16
 PROMPTS = 4
+JOINED = 64
+"""Held-out documents of a corpus that are joined to one text of full length."""
+ATTENTION_BYTES = 24
+"""Of the plainest attention, for a head and two positions: a float64 score and what becomes of it."""
+MEMORY_SHARE = 0.25
+"""Of the memory that is available, for them."""
 PROMPT_TOKENS = 16
 
 
-def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict[str, list[int]]:
+def tokenized_texts(
+    model: Path, data: Path, config: Config, limit: int, full: int
+) -> dict[str, list[int]]:
     """Token ids of every text that is compared, by its name.
 
     Args:
@@ -27,6 +37,7 @@ def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict
         data: Preprocess's directory.
         config: What to compare, and how much of it.
         limit: Tokens of a text; longer ones are cut.
+        full: Tokens of one more text, of held-out documents joined.
 
     Raises:
         InputError: None of them has two tokens.
@@ -38,17 +49,27 @@ def tokenized_texts(model: Path, data: Path, config: Config, limit: int) -> dict
     texts = {f"text {number}": tokenizer.encode(text) for number, text in enumerate(given, 1)}
     if tokenizer.chat_template:
         texts["chat"] = chat_prompt(tokenizer, given[0])
-    for corpus in config.data.corpora:
+    wanted, joined = config.parity.held_out_documents, []
+    for corpus in config.data.corpora if wanted else []:
         split = corpus_split(config.data, corpus)
-        prefix = data / corpus.name
-        documents = heldout_documents(prefix, split, config.parity.held_out_documents)
+        documents = heldout_documents(data / corpus.name, split, max(wanted, JOINED))
         texts |= {
-            f"{corpus.name} {number}": document for number, document in enumerate(documents, 1)
+            f"{corpus.name} {number}": document
+            for number, document in enumerate(documents[:wanted], 1)
         }
+        joined += list(chain.from_iterable(documents))
     texts = {name: tokens[:limit] for name, tokens in texts.items() if len(tokens) > 1}
+    if len(joined) > limit:
+        texts["full length"] = joined[:full]
     if not texts:
         raise InputError("parity.texts and the held-out documents have no text of two tokens")
     return texts
+
+
+def positions_in_memory(heads: int) -> int:
+    """How long a text may be, so that the plainest attention fits beside everything else."""
+    memory = MEMORY_SHARE * psutil.virtual_memory().available
+    return int((memory / (ATTENTION_BYTES * heads)) ** 0.5)
 
 
 def chat_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -59,18 +80,14 @@ def chat_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def cut_to_budget(
-    texts: Mapping[str, list[int]], parameters: int, minutes: float, rate: float
-) -> dict[str, list[int]]:
+def cut_to_budget(texts: Mapping[str, list[int]], budget: float) -> dict[str, list[int]]:
     """The texts, each cut to one length at which all of them are compared in time.
 
     Args:
         texts: Token ids by name.
-        parameters: That a token meets on its way.
-        minutes: To compare them.
-        rate: Floating point operations in a second, see `operations_per_second`.
+        budget: Tokens that a float32 model takes in the time that there is.
     """
-    affordable = minutes * 60 * rate / (2 * parameters * PASSES)
+    affordable = budget / PASSES
     limit = max(len(ids) for ids in texts.values())
     while limit > LEAST_TOKENS and sum(min(len(ids), limit) for ids in texts.values()) > affordable:
         limit = max(LEAST_TOKENS, limit * 7 // 8)

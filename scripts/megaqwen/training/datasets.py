@@ -1,6 +1,6 @@
 """Megatron's GPT datasets over the .bin and .idx files of preprocess."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from megatron.core.datasets.utils import Split
 from megatron.training import get_args
 from numpy.typing import NDArray
 
+from megaqwen.config import Config
+from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import split_argument, split_documents
 from megaqwen.errors import InputError
 
@@ -63,6 +65,31 @@ class Corpora:
             len({weight for weight, share in zip(weights, common, strict=True) if share}) == 1
             for weights in self.weights
         )
+
+
+def run_corpora(
+    config: Config, directory: Path, made: Mapping[str, Any], vocabulary: int, cache: Path
+) -> Corpora:
+    """A run's corpora on disk, in the config's order.
+
+    Args:
+        config: The run's.
+        directory: Preprocess's.
+        made: The results in its manifest.
+        vocabulary: The model's, in ids.
+        cache: Where Megatron keeps its sample indices.
+    """
+    data = config.data
+    return Corpora(
+        prefixes=[directory / corpus.name for corpus in data.corpora],
+        weights=[corpus_weights(data, corpus) for corpus in data.corpora],
+        splits=[corpus_split(data, corpus) for corpus in data.corpora],
+        seed=data.seed,
+        cache=cache,
+        tokenizer=EndOfDocument(
+            eod=made["tokenizer"]["end_of_document"]["id"], vocab_size=vocabulary
+        ),
+    )
 
 
 @dataclass

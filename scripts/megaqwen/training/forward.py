@@ -9,6 +9,8 @@ from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
+from megaqwen.training.evaluation import watch_losses
+
 Batch = dict[str, torch.Tensor]
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -56,6 +58,7 @@ def summed_loss(
         The sum in nats, the number of targets, and both for the log: Megatron divides them after
         summing over micro batches and ranks, so the mean is over tokens whatever the layout.
     """
+    watch_losses(loss_mask, losses)
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     targets = mask.sum().to(torch.int)

@@ -65,6 +65,7 @@ class MetricsWriter:
         self.timed: deque[float] = deque(maxlen=AVERAGED_ITERATIONS)
         self.live_line_open = False
         self.evaluated = "validation"
+        self.last_evaluation: tuple[float, int] | None = None
         end_last_line(file)
         self.evaluations = evaluations_at(file, first_iteration)
 
@@ -82,6 +83,7 @@ class MetricsWriter:
 
     def end_evaluation(self, loss: float, iteration: int) -> None:
         """Write the loss on the validation or the test set; Megatron's last one comes twice."""
+        self.last_evaluation = loss, iteration
         if (self.evaluated, iteration) not in self.evaluations:
             self.evaluations.add((self.evaluated, iteration))
             self.append({"iteration": iteration, f"{self.evaluated}_loss": loss})

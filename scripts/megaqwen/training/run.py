@@ -15,6 +15,7 @@ from megaqwen.training import cpu_emulation
 if cpu_emulation.available():
     cpu_emulation.install()
 
+from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain
@@ -29,8 +30,9 @@ from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_checkpoints, fused_kernels, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
-from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
+from megaqwen.training.datasets import Corpora, dataset_provider, run_corpora
 from megaqwen.training.epochs import Planned, epochs
+from megaqwen.training.evaluation import Evaluations, read_evaluations
 from megaqwen.training.forward import forward_step
 from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
@@ -123,17 +125,8 @@ def check_data(run: TrainingRun) -> None:
 
 def corpora(run: TrainingRun) -> Corpora:
     """The run's corpora on disk, in the config's order."""
-    data = run.config.data
-    return Corpora(
-        prefixes=[run.data_directory / corpus.name for corpus in data.corpora],
-        weights=[corpus_weights(data, corpus) for corpus in data.corpora],
-        splits=[corpus_split(data, corpus) for corpus in data.corpora],
-        seed=data.seed,
-        cache=run.output / "cache",
-        tokenizer=EndOfDocument(
-            eod=run.data["tokenizer"]["end_of_document"]["id"],
-            vocab_size=run.hf_config["vocab_size"],
-        ),
+    return run_corpora(
+        run.config, run.data_directory, run.data, run.hf_config["vocab_size"], run.output / "cache"
     )
 
 
@@ -175,12 +168,19 @@ def watch_metrics(run: TrainingRun, resumed: int) -> None:
 
     megatron_training.training_log = training_log
     megatron_evaluate = megatron_training.evaluate_and_print_results
+    evaluations = Evaluations(run.checkpoints, get_train_valid_test_num_samples())
 
     def evaluate_and_print_results(prefix: str, *values: Any, **named: Any) -> Any:
         # Megatron gives the test set's loss the validation set's name.
         writer.evaluated = "test" if prefix.endswith("test set") else "validation"
+        evaluations.begin(writer.evaluated, arguments)
+        writer.last_evaluation = None
         # Megatron would leave out what is measured where no training was left to do.
-        return megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
+        result = megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
+        if writer.last_evaluation:
+            rank = mpu.get_data_parallel_rank()
+            evaluations.end(*writer.last_evaluation, arguments, rank)
+        return result
 
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
     megatron_save = megatron_training.save_checkpoint_and_time
@@ -240,6 +240,7 @@ def finish(run: TrainingRun) -> None:
         "last_loss": losses[-1],
         "validation_loss": validation[-1] if validation else None,
         "test_loss": test[-1] if test else None,
+        "evaluations": read_evaluations(run.checkpoints),
         "unigram_entropy": entropy,
         "data": planned_epochs(run),
         "peak_memory_bytes": peak_memory_bytes(),

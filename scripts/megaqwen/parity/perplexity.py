@@ -1,0 +1,191 @@
+"""Mean losses over held-out samples: of the two models, and of the training that logged its own.
+
+Call `cpu_emulation.install` before this is imported.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaqwen.config import Config
+from megaqwen.parity.comparing import POSITIONS_AT_ONCE
+from megaqwen.parity.gates import LOSS_THRESHOLD, Gate
+from megaqwen.parity.heldout import (
+    Sample,
+    heldout_samples,
+    last_evaluation,
+    planned_evaluation,
+    sequence_length,
+)
+from megaqwen.parity.huggingface import HuggingFaceLayers
+from megaqwen.parity.megatron import MegatronLayers
+from megaqwen.parity.walk import Layers
+from megaqwen.weights import HuggingFaceWeights
+
+PASSES = 4
+"""What it costs in passes of float32: two models, and one in training's dtype, which is slower."""
+LOGGED_THRESHOLD = 2e-5
+"""Nats per token: Megatron sums an evaluation in float32."""
+SHIFTS, STANDARD_ERRORS = 2.0, 4.0
+"""How many times what rounding does to the mean loss in a narrower dtype, by its mean and its spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What was measured over held-out samples."""
+
+    kind: str
+    """Of which set: validation or test."""
+    samples: int
+    targets: int
+    reference_loss: float
+    """Of the Hugging Face model, in nats per token."""
+    loss: float
+    """Of the Megatron model."""
+    logged: float | None = None
+    """What training found over the same samples; None where it is not known."""
+    iteration: int | None = None
+    """After which training found it."""
+    evaluated_loss: float | None = None
+    """To be held against it: in float32, of the weights as training had them."""
+    trained_dtype: str | None = None
+    shift: float = 0.0
+    """What computing in training's dtype does to the Hugging Face model's mean loss."""
+    standard_error: float = 0.0
+    """Of that shift, by its spread over the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """The two models of a crossing, and the run that they belong to."""
+
+    weights: HuggingFaceWeights
+    checkpoint: Path
+    recorded: dict[str, Any]
+    """The options that the checkpoint records of its model."""
+    rounded_to: torch.dtype
+    """The dtype of the Hugging Face weights, where an export may have narrowed them."""
+    config: Config
+    data: Path
+    """Preprocess's directory."""
+    made: Mapping[str, Any]
+    """The results in its manifest."""
+    trained: Mapping[str, Any]
+    """Those in training's; nothing before it."""
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Training's."""
+        options = self.config.train
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return next((dtype for name, dtype in narrow.items() if options.get(name)), torch.float32)
+
+    def megatron(self, length: int, rounded_to: torch.dtype) -> MegatronLayers:
+        """The checkpoint's model, for texts of that many tokens at most."""
+        vocabulary = self.weights.config["vocab_size"]
+        return MegatronLayers(self.checkpoint, self.recorded, vocabulary, length, rounded_to)
+
+
+def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
+    """The models' losses over held-out samples: after an export, those that training evaluated last.
+
+    Args:
+        crossing: What is compared.
+        budget: Tokens that a float32 model takes in the time that there is.
+
+    Returns:
+        None where all documents are trained on.
+    """
+    config, weights = crossing.config, crossing.weights
+    evaluated = last_evaluation(crossing.trained) or planned_evaluation(config)
+    length = sequence_length(config)
+    if evaluated is None or length > weights.config["max_position_embeddings"]:
+        return None
+    samples = heldout_samples(
+        evaluated,
+        config,
+        crossing.data,
+        crossing.made,
+        weights.config["vocab_size"],
+        budget / PASSES,
+    )
+    expected = token_losses(HuggingFaceLayers(weights, torch.float32), samples)
+    found = token_losses(crossing.megatron(length, crossing.rounded_to), samples)
+    logged = evaluated.logged(samples) if len(samples[-1].tokens) == length else None
+    facts: dict[str, Any] = {
+        "kind": evaluated.kind,
+        "samples": len(samples),
+        "targets": len(expected),
+        "reference_loss": float(expected.mean()),
+        "loss": float(found.mean()),
+    }
+    if logged is None:
+        return Perplexity(**facts)
+    dtype = crossing.trained_dtype
+    if crossing.rounded_to not in (torch.float32, dtype):
+        # The export rounded what training had: its own weights gave the loss that it logged.
+        expected = token_losses(crossing.megatron(length, torch.float32), samples)
+    facts |= {
+        "iteration": evaluated.iteration,
+        "logged": logged,
+        "evaluated_loss": float(expected.mean()),
+        "trained_dtype": str(dtype).removeprefix("torch."),
+    }
+    if dtype != torch.float32:
+        shifts = token_losses(HuggingFaceLayers(weights, dtype), samples) - expected
+        facts["shift"] = float(shifts.mean())
+        facts["standard_error"] = float(shifts.std() / math.sqrt(len(shifts)))
+    return Perplexity(**facts)
+
+
+@torch.no_grad()
+def token_losses(model: Layers, samples: Sequence[Sample]) -> Tensor:
+    """[targets] cross entropy in nats, in float64, of the targets of all samples in their order."""
+    hidden = model.embed([sample.tokens for sample in samples])
+    for index in range(model.layers):
+        hidden, _ = model.layer(index, hidden)
+    found = []
+    with model.head() as (norm, logits):
+        for sample, states in zip(samples, hidden, strict=True):
+            normed = norm(states)
+            for start in range(0, len(normed), POSITIONS_AT_ONCE):
+                run = slice(start, start + POSITIONS_AT_ONCE)
+                rows = logits(normed[run]).double()
+                labels = sample.labels[run, None]
+                losses = rows.logsumexp(dim=-1) - rows.gather(1, labels)[:, 0]
+                found.append(losses[sample.mask[run] > 0])
+    return torch.cat(found)
+
+
+def perplexity_gates(found: Perplexity | None) -> list[Gate]:
+    """The gate on the two models' mean losses, and that on the loss which training logged.
+
+    The second is left out before training, where not even one whole sample is affordable, and where
+    training did not tell the losses of those that are.
+    """
+    if found is None:
+        return []
+    between = Gate(
+        name="perplexity",
+        statistic=f"difference of the mean losses of {found.targets:,} held-out tokens",
+        value=abs(found.loss - found.reference_loss),
+        threshold=LOSS_THRESHOLD,
+        detail=f"Megatron {found.loss:.6f}, transformers {found.reference_loss:.6f} nats per token",
+    )
+    if found.logged is None or found.evaluated_loss is None:
+        return [between]
+    rounding = SHIFTS * abs(found.shift) + STANDARD_ERRORS * found.standard_error
+    with_training = Gate(
+        name="trained loss",
+        statistic=f"{found.kind} loss against what training logged, in nats per token",
+        value=abs(found.evaluated_loss - found.logged),
+        threshold=max(LOGGED_THRESHOLD, rounding),
+        detail=f"training logged {found.logged:.6f} after iteration {found.iteration},"
+        f" the model has {found.evaluated_loss:.6f} over the same {found.targets:,} tokens",
+    )
+    return [between, with_training]

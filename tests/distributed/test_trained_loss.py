@@ -1,0 +1,112 @@
+"""The loss that training logged is the exported model's, over the same samples; of no other model's."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import run_script
+from megaqwen.provenance import read_json
+from workspace import TRACKER, Workspace, script
+
+TWO_RANKS = {"use_distributed_optimizer": True, "eval_iters": 2}
+SAMPLES = 8  # of the last evaluation: two global batches of four
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace) -> Path:
+    return workspace.train("trained-loss", 2, TWO_RANKS)
+
+
+@pytest.fixture(scope="module")
+def exported(workspace: Workspace, trained: Path) -> Path:
+    """The Hugging Face directory; its export passed the gates."""
+    return workspace.export("trained-loss-hf", trained, TWO_RANKS, "source")
+
+
+def measured(workspace: Workspace, trained: Path, model: Path, *cases: str) -> dict[str, Any]:
+    words = {
+        "config": workspace.config("trained-loss", TWO_RANKS),
+        "model": model,
+        "checkpoint": trained,
+        "data": workspace.directory / "data",
+        "train-manifest": trained.parents[1] / "manifest.json",
+    }
+    program = Path(__file__).with_name("held_out_loss.py")
+    options = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    command = [sys.executable, str(program), *options, *cases]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_manifest_tells_what_was_evaluated(trained: Path) -> None:
+    results = read_json(trained.parents[1] / "manifest.json")["results"]
+    validation, test = (results["evaluations"][kind] for kind in ("validation", "test"))
+    assert validation["iteration"] == test["iteration"] == 4
+    assert (test["loss"], test["first_sample"], test["samples"]) == (
+        results["test_loss"],
+        0,
+        SAMPLES,
+    )
+    # One at iteration 4 within training, then this one after it.
+    assert validation["first_sample"] == SAMPLES and validation["drawn"] == 2 * SAMPLES
+    # The last of two ranks has the second two samples of every four.
+    assert list(test["losses"]) == ["2", "3", "6", "7"]
+    assert all(targets == 64 for _, targets in test["losses"].values())
+
+
+def test_the_exported_model_has_the_loss_that_training_logged(
+    workspace: Workspace, trained: Path, exported: Path
+) -> None:
+    found = measured(workspace, trained, exported, "all:1234:8", "two:1234:2.5", "none:1234:0.5")
+    logged = read_json(trained.parents[1] / "manifest.json")["results"]["test_loss"]
+    for name, samples in (("all", SAMPLES), ("two", 2)):
+        facts, gates = found[name]["measured"], found[name]["gates"]
+        assert (facts["samples"], facts["targets"]) == (samples, samples * 64)
+        assert set(gates) == {"perplexity", "trained loss"}
+        assert all(gate["passed"] for gate in gates.values()), gates
+        assert gates["trained loss"]["value"] < 5e-6
+    assert found["all"]["measured"]["logged"] == logged
+    assert found["two"]["measured"]["logged"] != logged  # of these two samples alone
+    # Not one whole sample: the models are compared, and nothing is said of the training.
+    assert set(found["none"]["gates"]) == {"perplexity"}
+    assert found["none"]["measured"]["targets"] == 32
+
+
+def test_other_samples_have_another_loss(
+    workspace: Workspace, trained: Path, exported: Path
+) -> None:
+    gates = measured(workspace, trained, exported, "another seed:7:8")["another seed"]["gates"]
+    assert gates["perplexity"]["passed"] and not gates["trained loss"]["passed"]
+    assert gates["trained loss"]["value"] > 10 * gates["trained loss"]["threshold"]
+
+
+def test_an_earlier_iteration_that_was_exported_is_found(
+    workspace: Workspace, trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    """Every other gate passes: it is one model on both sides, but not the one that was trained."""
+    stale = tmp_path / "checkpoints"
+    shutil.copytree(trained, stale)
+    (stale / TRACKER).write_text("2")
+    config = workspace.config("trained-loss", TWO_RANKS)
+    model, manifest = workspace.directory / "model" / "hf", trained.parents[1] / "manifest.json"
+    words = ("--config", config, "--checkpoint", stale)
+    script(
+        *("export.py", *words, "--model", model, "--train-manifest", manifest),
+        *("--output", tmp_path / "export"),
+    )
+    done = run_script(
+        *("parity.py", *words, "--crossing", "export", "--model", tmp_path / "export" / "hf"),
+        *("--data", workspace.directory / "data", "--checkpoint-manifest", manifest),
+        *("--output", tmp_path / "parity.json"),
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    gates = read_json(tmp_path / "failed.json")["gates"]
+    assert [gate["name"] for gate in gates if not gate["passed"]] == ["trained loss"]
+    assert "failed at trained loss." in done.stdout and "an earlier iteration" in done.stdout
