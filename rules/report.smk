@@ -24,6 +24,21 @@ rule report:
             category="Parity",
             labels={"table": "gates"},
         ),
+        differences_convert=report(
+            LAYOUT.run / "report" / "parity_convert.svg",
+            category="Parity",
+            labels={"figure": "differences after convert"},
+        ),
+        differences_export=report(
+            LAYOUT.run / "report" / "parity_export.svg",
+            category="Parity",
+            labels={"figure": "differences after export"},
+        ),
+        verification=report(
+            LAYOUT.run / "report" / "verification.yaml",
+            category="Parity",
+            labels={"file": "verification card"},
+        ),
         config=report(
             LAYOUT.run / "report" / "config.yaml",
             category="Run",
@@ -35,6 +50,7 @@ rule report:
             labels={"table": "versions"},
         ),
         card=LAYOUT.run / "export" / "hf" / "README.md",
+        card_of_gates=LAYOUT.run / "export" / "hf" / "verification.yaml",
     log:
         LOGS / "report.log",
     conda:

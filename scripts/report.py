@@ -3,7 +3,8 @@
     python scripts/report.py --config RUN/config.yaml --run RUN --manifests MANIFEST... --output DIR \\
         --card RUN/export/hf/README.md
 
-DIR gets report.html, data.json (the data card: what each corpus has and how many epochs of it were
+DIR gets report.html, verification.yaml (the gates of both crossings and how to measure them again; a copy
+goes beside the model card), data.json (the data card: what each corpus has and how many epochs of it were
 trained on) and, one file each, the parts of it that `snakemake --report` collects.
 """
 
@@ -29,6 +30,7 @@ def report(arguments: argparse.Namespace) -> None:
     from megaqwen.report import figures, pages
     from megaqwen.report.card import model_card
     from megaqwen.report.data import data_card, data_section
+    from megaqwen.report.verification import as_yaml, verification
     from megaqwen.training.metrics import read_metrics
 
     train = next(item for item in manifests if item["stage"] == "train")
@@ -37,11 +39,17 @@ def report(arguments: argparse.Namespace) -> None:
     parity = pages.parity_tables(manifests)
     versions = pages.versions_table(manifests)
     stages = pages.stages_table(manifests)
+    verified = as_yaml(verification(manifests))
     with new_directory(arguments.output) as directory:
         loss = figures.loss_figure(records, train["results"]["unigram_entropy"])
         rates = figures.rates_figure(records)
         write_text(directory / "loss.svg", loss)
         write_text(directory / "rates.svg", rates)
+        crossings = [item["results"] for item in manifests if item["stage"].startswith("parity")]
+        drawn = {results["crossing"]: figures.parity_figure(results) for results in crossings}
+        for crossing, figure in drawn.items():
+            write_text(directory / f"parity_{crossing}.svg", figure)
+        write_text(directory / "verification.yaml", verified)
         write_text(directory / "config.yaml", text)
         write_json(directory / "data.json", data_card(manifests))
         write_text(directory / "parity.html", pages.page("Parity", [("Parity", parity)]))
@@ -52,6 +60,8 @@ def report(arguments: argparse.Namespace) -> None:
             ("Learning rate, gradient norm, throughput", rates),
             ("Data", data_section(manifests)),
             ("Parity", parity),
+            *((f"Parity after {crossing}", figure) for crossing, figure in drawn.items()),
+            ("Verification card", f"<pre>{html.escape(verified)}</pre>"),
             ("Stages", stages),
             ("Config", f"<pre>{html.escape(text)}</pre>"),
             ("Versions", versions),
@@ -59,6 +69,7 @@ def report(arguments: argparse.Namespace) -> None:
         write_text(directory / "report.html", pages.page(f"Run {config.run}", sections))
     if arguments.card:
         write_text(arguments.card, model_card(config, manifests))
+        write_text(arguments.card.with_name("verification.yaml"), verified)
     logger.info("report: %s", arguments.output / "report.html")
 
 

@@ -30,6 +30,16 @@ def gates(logits: float) -> list[dict[str, Any]]:
     ]
 
 
+COMPARED: dict[str, Any] = {
+    "texts": [
+        {"text": TEXT, "by_position": [1e-7, 0.0, 3e-7], "pairs": [[-1.5, -1.5], [2.0, 2.0]]}
+    ],
+    "layers": [
+        {"layer": None, "point": "embedding", "error": 0.0, "null": 0.0},
+        {"layer": 0, "point": "out", "error": 1e-7, "null": 2e-7},
+        {"layer": None, "point": "final norm", "error": 2e-7, "null": 3e-7},
+    ],
+}
 RESULTS: dict[str, dict[str, Any]] = {
     "download": {"source": "path", "path": MODEL, "parameters": 1234567, "model_type": "qwen3"},
     "convert": {"tensors": 46},
@@ -82,12 +92,14 @@ RESULTS: dict[str, dict[str, Any]] = {
         "verdict": "passed",
         "gates": gates(8.64e-07),
         "positions": 7,
+        **COMPARED,
     },
     "parity_export": {
         "crossing": "export",
         "verdict": "passed",
         "gates": gates(1.93e-06),
         "positions": 9,
+        **COMPARED,
     },
 }
 
@@ -279,7 +291,7 @@ def test_the_files_for_snakemakes_report_are_whole(run: Run) -> None:
     report = run.directory / "report"
     assert {path.name for path in report.iterdir()} == {
         *("report.html", "parity.html", "versions.html", "loss.svg", "rates.svg", "config.yaml"),
-        "data.json",
+        *("data.json", "verification.yaml", "parity_convert.svg", "parity_export.svg"),
     }
     assert load_config(report / "config.yaml") == load_config(run.directory / "config.yaml")
     assert "8.64e-07" in (report / "parity.html").read_text()
@@ -299,6 +311,32 @@ def test_a_run_without_gradient_norms_or_validation_has_a_report(tmp_path: Path)
     page = Page(run.report())
     assert ["validation loss", "not measured"] in page.rows
     assert ["test loss", "not measured"] in page.rows
+
+
+def test_the_verification_card_lies_with_the_run_and_beside_the_export(run: Run) -> None:
+    written = (run.directory / "report" / "verification.yaml").read_text()
+    assert (run.directory / "export" / "hf" / "verification.yaml").read_text() == written
+    card = yaml.safe_load(written)
+    assert (card["verdict"], card["model"]["path"]) == ("passed", MODEL)
+    assert set(card["crossings"]) == set(CROSSINGS)
+    found = card["crossings"]["export"]
+    assert found["gates"]["logits"] == {
+        "statistic": "max |difference|",
+        "value": 1.93e-06,
+        "at_most": 1e-4,
+        "verdict": "passed",
+    }
+    assert found["positions"] == 9 and found["peak_memory_gib"] > 0 and found["versions"]["torch"]
+    assert found["command"].startswith("python scripts/") and found["date"] and "commit" in found
+
+
+def test_the_differences_are_drawn_for_each_crossing(run: Run, text: str) -> None:
+    for crossing in CROSSINGS:
+        figure = (run.directory / "report" / f"parity_{crossing}.svg").read_text()
+        assert figure in text
+        words = " ".join(ElementTree.fromstring(figure).itertext())
+        for label in ("position", "transformers' own rounding", "logit of Megatron", "embedding"):
+            assert label in words
 
 
 def card_of(config: Config, **download: str) -> tuple[dict[str, Any], str]:

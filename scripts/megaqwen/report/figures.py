@@ -1,4 +1,4 @@
-"""A training's curves as SVG text."""
+"""A training's curves, and where two models differ, as SVG text."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -43,6 +43,42 @@ def rates_figure(records: Records) -> str:
         axes.set_ylabel(label)
     axes.set_xlabel("iteration")
     return svg(figure)
+
+
+def parity_figure(results: Mapping[str, Any]) -> str:
+    """Where two models differ: by position, by point of a layer beside rounding, and logit by logit.
+
+    Args:
+        results: Those in a parity stage's manifest.
+    """
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    positions, layers, logits = figure.subplots(3)
+    for text in results["texts"]:
+        positions.semilogy(*visible(text["by_position"]), label=text["text"], linewidth=0.9)
+    positions.set_xlabel("position")
+    positions.set_ylabel("max |difference| of the logits")
+    positions.legend(ncols=3, fontsize=7)
+    points = results["layers"]
+    for name, label in (("error", "Megatron"), ("null", "transformers' own rounding")):
+        layers.semilogy(*visible([point[name] for point in points]), label=label, marker=".")
+    labels = ["" if each["layer"] is None else str(each["layer"]) for each in points]
+    firsts = [index for index, label in enumerate(labels) if label not in labels[:index]]
+    layers.set_xticks(firsts, [labels[index] or "embedding" for index in firsts])
+    layers.set_xlabel("layer, each with its points in the order of computation")
+    layers.set_ylabel("relative error")
+    layers.legend()
+    pairs = [pair for text in results["texts"] for pair in text["pairs"]]
+    logits.plot(*zip(*pairs, strict=True), linestyle="none", marker=".", markersize=2)
+    logits.axline((0, 0), slope=1, color="grey", linewidth=0.6)
+    logits.set_xlabel("logit of transformers")
+    logits.set_ylabel("logit of Megatron")
+    return svg(figure)
+
+
+def visible(values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Places and values of those that a logarithmic axis can show: equal results are left out."""
+    places = [index for index, value in enumerate(values) if value > 0]
+    return places, [values[index] for index in places]
 
 
 def draw(axes: Axes, records: Records, name: str, label: str, **style: Any) -> None:
