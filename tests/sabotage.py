@@ -30,8 +30,12 @@ class Sabotage:
     name: str
     architectures: tuple[str, ...]
     """By model_type."""
+    tied: tuple[bool, ...] = (False, True)
+    """Whether the output head is the embedding: which of the two can have it."""
     gate: str
-    """Fails by it, whatever else fails."""
+    """Fails by it, whatever else fails; or refused, before anything is compared."""
+    says: str = ""
+    """In the message of what is refused."""
     point: str = ""
     """Where the models part first; nothing where no layer is touched."""
     tensors: Callable[[Tensors, Facts], None] | None = None
@@ -42,6 +46,11 @@ class Sabotage:
     """Changes the directory that is compared."""
     model: Callable[[MegatronLayers], None] | None = None
     """Changes the Megatron model after it was built."""
+
+    def fits(self, facts: Facts) -> bool:
+        """Whether a model can have it, by its config.json."""
+        tied = facts.get("tie_word_embeddings", False)
+        return facts["model_type"] in self.architectures and tied in self.tied
 
 
 def middle(facts: Facts) -> str:
@@ -124,6 +133,12 @@ def flip_a_bit(tensors: Tensors, facts: Facts) -> None:
     tensor.view(torch.int32)[3, 5] ^= 1
 
 
+def cut_vocabulary(tensors: Tensors, facts: Facts) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][:-1].contiguous()
+
+
 def untie(tensors: Tensors, facts: Facts) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
 
@@ -204,6 +219,13 @@ SABOTAGES = [
         ),
     ),
     Sabotage(
+        name="dropped q bias",
+        architectures=BIASED,
+        gate="layers",
+        point="attention out",
+        tensors=edit("self_attn.q_proj.bias", lambda tensor, _: torch.zeros_like(tensor)),
+    ),
+    Sabotage(
         name="dropped k bias",
         architectures=BIASED,
         gate="layers",
@@ -282,14 +304,17 @@ SABOTAGES = [
     ),
     Sabotage(
         name="output head off by one row",
-        architectures=("qwen2",),
+        architectures=ALL,
+        tied=(False,),
         gate="logits",
         tensors=edit("lm_head.weight", lambda tensor, _: tensor.roll(1, 0)),
     ),
     Sabotage(
         name="a head of its own for a tied one",
-        architectures=("qwen3",),
+        architectures=ALL,
+        tied=(True,),
         gate="refused",
+        says="output_layer.weight: not part of the model",
         tensors=untie,
         config=lambda facts: facts.update(tie_word_embeddings=False),
     ),
@@ -299,6 +324,14 @@ SABOTAGES = [
         gate="layers",
         point="embedding",
         tensors=edit("model.embed_tokens.weight", lambda tensor, _: tensor.roll(1, 0)),
+    ),
+    Sabotage(
+        name="the last row of the vocabulary taken for padding",
+        architectures=("qwen3",),
+        gate="refused",
+        says="by config.json it is [2560, 192]",
+        tensors=cut_vocabulary,
+        config=lambda facts: facts.update(vocab_size=facts["vocab_size"] - 1),
     ),
     Sabotage(
         name="two layers in the wrong order",

@@ -1,11 +1,14 @@
 """Make every mistake of tests/sabotage.py, and tell how far each is from passing.
 
     uv run python tests/benchmarks/sabotage.py --directory DIR [--model HF_DIRECTORY ...]
+    uv run python tests/benchmarks/sabotage.py --directory DIR --sizes qwen3 Qwen2.5-0.5B --steps 60
 
-Without --model the four tiny random models are made. Each model is converted as it is and with each
-mistake that its architecture can have, and held against the model by the parity stage's gates. Printed
-are, for each gate, the worst value of a healthy model and the value of the mildest mistake that fails
-it; DIR/sabotage.json has every gate of every comparison.
+Without --model and --sizes the four tiny models are made. Their weights are random, and with --steps then
+trained that many steps by plain AdamW; so are those of public sizes. With --mistakes only those are made
+that have one of its words in their names. Each model is converted as it is and with each mistake that it
+can have, and held against the model by the parity stage's gates. Printed are, for each gate, the worst
+value of a healthy model and the value of the mildest mistake that fails it; DIR/sabotage.json has every
+gate of every comparison.
 """
 
 import argparse
@@ -23,7 +26,9 @@ sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 from megaqwen.config import Config, load_config  # noqa: E402
 from megaqwen.data.builtin import builtin_documents  # noqa: E402
 from megaqwen.sources.tiny import write_tiny_model  # noqa: E402
+from megaqwen.sources.tiny_shapes import TINY  # noqa: E402
 from megaqwen.training import cpu_emulation  # noqa: E402
+from trained_models import make_trained  # noqa: E402
 
 Row = dict[str, Any]
 TEXTS = [
@@ -47,8 +52,8 @@ def config_of_texts(directory: Path) -> Config:
     return load_config(path)
 
 
-def compare_all(models: Sequence[Path], directory: Path) -> Iterator[Row]:
-    """Every gate of each model, healthy and with each mistake."""
+def compare_all(models: Sequence[Path], directory: Path, words: Sequence[str]) -> Iterator[Row]:
+    """Every gate of each model, healthy and with each mistake that one of the words names."""
     cpu_emulation.install()
     from megaqwen.data.tokenization import tokenizer_digests
     from megaqwen.errors import InputError
@@ -93,10 +98,10 @@ def compare_all(models: Sequence[Path], directory: Path) -> Iterator[Row]:
         }
 
     for model in models:
-        kind = json.loads((model / "config.json").read_text())["model_type"]
+        facts = json.loads((model / "config.json").read_text())
         yield compared(model, healthy)
         for mistake in SABOTAGES:
-            if kind in mistake.architectures:
+            if mistake.fits(facts) and any(word in mistake.name for word in words or [""]):
                 yield compared(model, mistake)
     shutil.rmtree(directory / "work")
 
@@ -124,15 +129,26 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, nargs="*", default=[], help="Hugging Face directories"
     )
+    parser.add_argument("--sizes", nargs="*", default=[], help="tiny models or public sizes")
+    parser.add_argument("--steps", type=int, default=0, help="of training before (default: 0)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a step (default: 8)")
+    parser.add_argument("--length", type=int, default=256, help="tokens in one (default: 256)")
+    parser.add_argument("--mistakes", nargs="*", default=[], help="words in their names")
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
     models = list(arguments.model)
-    for name in () if models else ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
-        write_tiny_model(directory / name, name, seed=1234)
+    sizes = arguments.sizes or ([] if models else ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+    for name in sizes:
+        if name in TINY and not arguments.steps:
+            write_tiny_model(directory / name, name, seed=1234)
+        else:
+            size = {"batch": arguments.batch, "length": arguments.length}
+            losses = make_trained(directory / name, name, arguments.steps, **size)
+            print(f"{name}: {len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}")
         models.append(directory / name)
     rows = []
-    for row in compare_all(models, directory):
+    for row in compare_all(models, directory, arguments.mistakes):
         rows.append(row)
         failed = [name for name, gate in row.get("gates", {}).items() if not gate["passed"]]
         print(

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from commands import ROOT
+from megaqwen.sources.tiny_shapes import tiny_hf_config
 from sabotage import ALL, SABOTAGES, Sabotage
 
 CASES = [
-    (architecture, sabotage) for sabotage in SABOTAGES for architecture in sabotage.architectures
+    (architecture, sabotage)
+    for sabotage in SABOTAGES
+    for architecture in ALL
+    if sabotage.fits(tiny_hf_config(architecture))
 ]
 Rows = dict[tuple[str, str], dict[str, Any]]
 
@@ -49,7 +53,7 @@ def test_a_healthy_model_passes(architecture: str, rows: Rows) -> None:
 def test_a_mistake_fails_its_gate(architecture: str, sabotage: Sabotage, rows: Rows) -> None:
     row = rows[architecture, sabotage.name]
     if sabotage.gate == "refused":
-        assert "output_layer.weight: not part of the model" in row["refused"]
+        assert sabotage.says in row["refused"]
         return
     assert sabotage.gate in failed(row), row["gates"]
     assert row["point"] == sabotage.point, row["first"]
@@ -60,4 +64,4 @@ def test_a_mistake_fails_its_gate(architecture: str, sabotage: Sabotage, rows: R
 
 def test_there_are_enough_mistakes() -> None:
     """As many as the documentation says: at least twenty that differ."""
-    assert len({sabotage.name for sabotage in SABOTAGES}) >= 25
+    assert len({sabotage.name for sabotage in SABOTAGES}) >= 30

@@ -166,12 +166,11 @@ class Parity(Section):
     max_tokens: int = Field(default=256, ge=2)
     """Longer texts are cut to this many tokens."""
     max_logit_difference: float = Field(default=1e-4, gt=0)
-    """Largest |difference| of two float32 logits that still passes; a model whose own rounding is
-    larger may have four times that."""
+    """Largest |difference| of float32 logits that passes, or 4 times their own rounding if more."""
     generated_tokens: int = Field(default=8, ge=1)
     """How many tokens are generated greedily from the beginnings of the texts."""
     minutes: float = Field(default=10, gt=0)
-    """To compare logits; where a large model would take longer on this machine, texts are cut."""
+    """To compare the models; where a large one would take longer here, less text is compared."""
 
 
 class Config(Section):

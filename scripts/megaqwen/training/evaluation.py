@@ -29,6 +29,8 @@ def watch_losses(loss_mask: torch.Tensor, losses: torch.Tensor) -> None:
     """
     if torch.is_grad_enabled() or sum(len(sums) for sums, _ in _micro_batches) >= KEPT:
         return
+    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a CUDA graph has no place for a copy to the CPU
     mask = loss_mask.double()
     _micro_batches.append(((losses.double() * mask).sum(dim=1).cpu(), mask.sum(dim=1).cpu()))
 
