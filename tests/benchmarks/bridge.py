@@ -84,19 +84,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(shape: str, directory: Path, scale: float = 1.0) -> None:
-    """Write a model of random bfloat16 weights of that scale, with norms about 1 where it is not 1."""
+def make_model(shape: str, directory: Path) -> None:
+    """Write a model of random bfloat16 weights."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
     shapes = tensor_shapes(read_architecture(SHAPES[shape]))
     files = plan_files(shapes, dict.fromkeys(shapes, torch.bfloat16), SHARD_BYTES)
-    noise = (scale * torch.randn(1_000_003)).bfloat16()
+    noise = torch.randn(1_000_003).bfloat16()
 
     def weights(names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             count = torch.Size(shapes[name]).numel()
-            tensor = noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
-            yield name, tensor + 1 if scale != 1 and name.endswith("norm.weight") else tensor
+            yield name, noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
 
     described = {
         name: write_file(directory / name, entries, weights(list(entries)))
