@@ -34,6 +34,18 @@ def run_script(
     )
 
 
+def run_benchmark(name: str, *words: object) -> str:
+    """Run a script of tests/benchmarks; what it prints. An AssertionError where it fails."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "benchmarks" / name, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def options(**values: object) -> list[str]:
     """Words of a command line: checkpoint_manifest=x becomes --checkpoint-manifest x."""
     return [

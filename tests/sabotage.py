@@ -218,26 +218,17 @@ SABOTAGES = [
             rms_norm_eps=1e-5 if facts["rms_norm_eps"] == 1e-6 else 1e-6
         ),
     ),
-    Sabotage(
-        name="dropped q bias",
-        architectures=BIASED,
-        gate="layers",
-        point="attention out",
-        tensors=edit("self_attn.q_proj.bias", lambda tensor, _: torch.zeros_like(tensor)),
-    ),
-    Sabotage(
-        name="dropped k bias",
-        architectures=BIASED,
-        gate="layers",
-        point="attention out",
-        tensors=edit("self_attn.k_proj.bias", lambda tensor, _: torch.zeros_like(tensor)),
-    ),
-    Sabotage(
-        name="dropped v bias",
-        architectures=BIASED,
-        gate="layers",
-        point="attention out",
-        tensors=edit("self_attn.v_proj.bias", lambda tensor, _: torch.zeros_like(tensor)),
+    *(
+        Sabotage(
+            name=f"dropped {letter} bias",
+            architectures=BIASED,
+            gate="layers",
+            point="attention out",
+            tensors=edit(
+                f"self_attn.{letter}_proj.bias", lambda tensor, _: torch.zeros_like(tensor)
+            ),
+        )
+        for letter in "qkv"
     ),
     Sabotage(
         name="gate and up swapped",

@@ -18,7 +18,6 @@ def relayout(options: dict[str, Any], load: str, save: str) -> None:
     """Build the model under a layout, load it, and save it."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.datasets import utils as dataset_utils
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
@@ -29,9 +28,10 @@ def relayout(options: dict[str, Any], load: str, save: str) -> None:
     from torch.distributed import distributed_c10d
 
     from megaqwen.config.megatron_options import to_arguments
+    from megaqwen.training.datasets import use_compiled_helpers
     from megaqwen.training.model import model_config
 
-    dataset_utils.compile_helpers = lambda: None  # the wheel has them compiled, and no Makefile
+    use_compiled_helpers()
     sys.argv = [sys.argv[0], *to_arguments({**options, "load": load, "save": save})]
     arguments = parse_and_validate_args()
     initialize.initialize_megatron(allow_no_cuda=True)

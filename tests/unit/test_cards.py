@@ -1,14 +1,12 @@
 """The shipped verification cards are what is measured: the same gates and thresholds, values as large."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from commands import ROOT
+from commands import ROOT, run_benchmark
 from megaqwen.sources.tiny_shapes import TINY
 
 FACTOR = 4.0
@@ -19,10 +17,7 @@ FACTOR = 4.0
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the cards as they are measured here and now."""
     directory = tmp_path_factory.mktemp("cards")
-    script = ROOT / "tests" / "benchmarks" / "cards.py"
-    words = [sys.executable, str(script), "--directory", str(directory)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_benchmark("cards.py", "--directory", directory)
     return directory
 
 

@@ -1,13 +1,11 @@
 """Every mistake fails the gate that it should, and the place of it is named."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from commands import ROOT
+from commands import run_benchmark
 from megaqwen.sources.tiny_shapes import tiny_hf_config
 from sabotage import ALL, SABOTAGES, Sabotage
 
@@ -24,10 +22,7 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """What was measured, by architecture and mistake."""
     directory = tmp_path_factory.mktemp("sabotage")
-    script = ROOT / "tests" / "benchmarks" / "sabotage.py"
-    words = [sys.executable, str(script), "--directory", str(directory)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_benchmark("sabotage.py", "--directory", directory)
     found = json.loads((directory / "sabotage.json").read_text())
     return {(row["model"], row["mistake"]): row for row in found}
 

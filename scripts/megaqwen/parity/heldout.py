@@ -10,12 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from megatron.core.datasets import utils as dataset_utils
 from torch import Tensor
 
 from megaqwen.config import Config
 from megaqwen.config.blends import EVAL_ITERS, corpus_weights
-from megaqwen.training.datasets import build_datasets, run_corpora
+from megaqwen.training.datasets import build_datasets, run_corpora, use_compiled_helpers
 
 SETS = {"validation": 1, "test": 2}
 """Megatron's place of each among its datasets."""
@@ -119,8 +118,7 @@ def heldout_samples(
         vocabulary: The model's, in ids.
         affordable: Tokens.
     """
-    # Megatron runs make in site-packages, where the wheel has the compiled helper and no Makefile.
-    dataset_utils.compile_helpers = lambda: None
+    use_compiled_helpers()
     length = sequence_length(config)
     wanted = [0, 0, 0]
     wanted[SETS[evaluated.kind]] = evaluated.drawn

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
+from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
@@ -163,6 +164,11 @@ def blend_of(
     """Megatron's blend of the corpora that have a weight; None where no corpus has."""
     pairs = [(p, w) for p, w in zip(prefixes, weights, strict=True) if w]
     return ([p for p, _ in pairs], [w for _, w in pairs]) if pairs else None
+
+
+def use_compiled_helpers() -> None:
+    """Have Megatron take the helper that its wheel has compiled: there is no Makefile for its make."""
+    dataset_utils.compile_helpers = lambda: None
 
 
 def build_datasets(

@@ -16,7 +16,6 @@ if cpu_emulation.available():
     cpu_emulation.install()
 
 from megatron.core import mpu
-from megatron.core.datasets import utils as dataset_utils
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain
 from megatron.training import training as megatron_training
@@ -30,7 +29,12 @@ from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_checkpoints, fused_kernels, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
-from megaqwen.training.datasets import Corpora, dataset_provider, run_corpora
+from megaqwen.training.datasets import (
+    Corpora,
+    dataset_provider,
+    run_corpora,
+    use_compiled_helpers,
+)
 from megaqwen.training.epochs import Planned, epochs
 from megaqwen.training.evaluation import Evaluations, read_evaluations
 from megaqwen.training.forward import forward_step
@@ -64,8 +68,7 @@ def pretrain_run(run: TrainingRun) -> None:
         checkpoints=run.checkpoints,
         tensorboard=run.checkpoints / "tensorboard",
     )
-    # Megatron runs make in site-packages, where the wheel has the compiled helper and no Makefile.
-    dataset_utils.compile_helpers = lambda: None
+    use_compiled_helpers()
     for directory in (paths.checkpoints, paths.tensorboard):
         directory.mkdir(parents=True, exist_ok=True)
     # Megatron has one entry for its options: the command line.
