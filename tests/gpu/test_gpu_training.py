@@ -65,6 +65,13 @@ def test_bf16_resumes_in_the_same_bits(workspace: Workspace, in_bf16: Path) -> N
     assert differing(weights(workspace, in_bf16, 4), expected) == []
 
 
+def test_saving_beside_training_saves_the_same_bits(workspace: Workspace, in_bf16: Path) -> None:
+    beside = workspace.train("async", 1, {**BF16, "async_save": True})
+    for iteration in (2, 4):
+        saved, expected = (weights(workspace, each, iteration) for each in (beside, in_bf16))
+        assert differing(saved, expected) == []
+
+
 def test_a_training_moves_from_cpu_to_gpu(workspace: Workspace, on_cpu: Path) -> None:
     curve = losses(on_cpu)
     forget_after(on_cpu, 2)

@@ -89,7 +89,7 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     iterations: int = 7
     saves: bool = False
-    """Measure the checkpoint after the last iteration."""
+    """Measure the checkpoints: how long training stands still for each."""
     profiled: bool = False
     """Measure the kernels of the third iteration."""
     library: str = "megatron"
@@ -154,7 +154,8 @@ EXPERTS = {
     "moe_router_fusion": True,
     "moe_router_dtype": "fp32",
 }
-ASYNC = {"async_save": True, "use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
+TWICE = {"save_interval": 3}
+ASYNC = {"async_save": True}
 
 
 def qwen_8b(options: dict[str, Any]) -> Case:
@@ -185,8 +186,10 @@ CASES: dict[str, Case] = {
     "1.5b-transformers": Case(
         shape="qwen2.5-1.5b", micro=2, accumulate=32, iterations=4, library="transformers"
     ),
-    "1.5b-save": Case(**SMALL_ONE, accumulate=2, iterations=3, saves=True),
-    "1.5b-save-async": Case(**SMALL_ONE, accumulate=2, iterations=3, saves=True, options=ASYNC),
+    "1.5b-save": Case(**SMALL_ONE, accumulate=2, iterations=6, saves=True, options=TWICE),
+    "1.5b-save-async": Case(
+        **SMALL_ONE, accumulate=2, iterations=70, saves=True, options={**ASYNC, "save_interval": 35}
+    ),
     "8b": qwen_8b({}),
     "8b-fp8": qwen_8b(TENSORWISE),
     "8b-fp8-delayed": qwen_8b(DELAYED),

@@ -1,10 +1,12 @@
 """One case of benchmark_training.py, in a process of its own."""
 
+import ctypes
 import faulthandler
 import fcntl
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 from training_cases import TRAIN, Case
 
 from megaqwen.environment import prepare_gpu
@@ -47,6 +50,7 @@ KINDS = {  # of kernels, by their names; the first that fits counts
 def measure(case: Case, directory: Path, seconds: float) -> None:
     """Train, and write the case's record to DIR/CASE.json."""
     name = sys.argv[sys.argv.index("--worker") + 1]
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the parent dies: a GPU is not left occupied
     prepare_gpu()
     if case.library == "transformers":
         from transformers_worker import train
@@ -57,7 +61,7 @@ def measure(case: Case, directory: Path, seconds: float) -> None:
     with open(directory / f"gpu{os.environ['CUDA_VISIBLE_DEVICES']}.lock", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         started = time.time()
-        end = threading.Timer(seconds, lambda: (print("took too long"), os._exit(124)))
+        end = threading.Timer(seconds, lambda: (print("took too long"), leave(124)))
         end.daemon = True
         end.start()
         faulthandler.dump_traceback_later(seconds - 5)
@@ -71,8 +75,15 @@ def measure(case: Case, directory: Path, seconds: float) -> None:
     if marks:
         record["start"] = spans({"process": STARTED, "imports": imported}, started, marks)
     (directory / f"{name}.json").write_text(json.dumps(record))
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End at once, with all processes of ours: Megatron's groups and workers take seconds to end."""
     sys.stdout.flush()
-    os._exit(0)  # Megatron's groups and the data's workers take seconds to end
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(code)
 
 
 def spans(before: dict[str, float], started: float, marks: dict[str, float]) -> dict[str, float]:
@@ -231,7 +242,7 @@ def watch(
         if case.saves:
             began = time.time()
             save(*words, **named)
-            record["save"] = round(time.time() - began, 2)
+            record.setdefault("saves", []).append(round(time.time() - began, 2))
         else:  # the stage asks at its end whether its last iteration was saved
             (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(words[0]))
 

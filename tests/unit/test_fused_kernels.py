@@ -14,7 +14,7 @@ import yaml
 from commands import ROOT, write_config
 from megaqwen.config import load_config
 from megaqwen.errors import InputError
-from megaqwen.training.arguments import cpu_options, gpu_options
+from megaqwen.training.arguments import NEED_GPU, cpu_options, gpu_options
 from megaqwen.training.fused_kernels import add_weight_gradient
 
 
@@ -63,10 +63,9 @@ def test_fused_sequences_are_the_default_where_they_are_whole(
     assert options.get("use_transformer_engine_op_fuser", False) is fused
 
 
-def test_fused_sequences_are_refused_where_they_would_be_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NEED_GPU)
+def test_what_a_gpu_alone_can_do_is_refused_without_one(name: str, tmp_path: Path) -> None:
     train = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["train"]
-    config = write_config(
-        tmp_path / "config.yaml", train={**train, "use_transformer_engine_op_fuser": True}
-    )
-    with pytest.raises(InputError, match=r"use_transformer_engine_op_fuser.*no GPU"):
+    config = write_config(tmp_path / "config.yaml", train={**train, name: True})
+    with pytest.raises(InputError, match=rf"{name} needs a GPU"):
         cpu_options(load_config(config).train)

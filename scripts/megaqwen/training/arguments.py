@@ -22,8 +22,8 @@ CPU_OPTIONS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
 }
-# Megatron's local implementation would pass over them in silence.
-NEED_GPU = ("use_transformer_engine_op_fuser", "use_te_activation_func")
+# Megatron's local implementation would pass over the first two; the third's worker is CUDA's.
+NEED_GPU = ("use_transformer_engine_op_fuser", "use_te_activation_func", "async_save")
 # With a GPU: Transformer Engine over NCCL.
 GPU_OPTIONS: dict[str, Any] = {
     "distributed_backend": "nccl",
@@ -92,6 +92,9 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
     parameters that nobody waited for.
     """
     options = dict(GPU_OPTIONS)
+    if chosen.get("async_save"):
+        # Without a worker Megatron would save in step; its other strategy is a package of its own.
+        options |= {"use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
     if not (
         chosen.get("tensor_model_parallel_size", 1) > 1
         or "num_experts" in architecture
@@ -114,9 +117,7 @@ def cpu_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
             )
     for name in NEED_GPU:
         if chosen.get(name):
-            raise InputError(
-                f"train.{name} is Transformer Engine's, but this machine has no GPU: leave it out"
-            )
+            raise InputError(f"train.{name} needs a GPU, and this machine has none: leave it out")
     options = dict(CPU_OPTIONS)
     if chosen.get("pipeline_model_parallel_size", 1) > 1:
         # Over gloo, virtual stages with batched sends run and are silently wrong.

@@ -27,7 +27,7 @@ from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import check_ends, check_shares
 from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
-from megaqwen.training import cpu_checkpoints, fused_kernels, torch_adam_resume
+from megaqwen.training import async_saving, cpu_checkpoints, fused_kernels, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.datasets import (
     Corpora,
@@ -60,6 +60,7 @@ def pretrain_run(run: TrainingRun) -> None:
     if gpu:
         cpu_checkpoints.install()
         fused_kernels.install()
+        async_saving.install()
     else:
         cpu_emulation.install_training()
         torch_adam_resume.install()

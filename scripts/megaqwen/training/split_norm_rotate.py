@@ -12,8 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 8  # tokens that a program of backward sums the weights' gradients over
-WARPS = 8
+WARPS = 8  # of a program of forward
+ROWS = {
+    True: 16,
+    False: 4,
+}  # tokens of a program of backward; with norms it sums their gradients up
+BACKWARD_WARPS = {True: 2, False: 4}
 
 
 @triton.jit
@@ -31,33 +35,33 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     RATIO: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    LANES: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """One token: every head of `mixed` [token, group, RATIO queries + key + value, 2 HALF]."""
     row = tl.program_id(0).to(tl.int64)
-    head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
+    head, lane = tl.arange(0, HEADS), tl.arange(0, LANES)
+    whole = lane < HALF
     group, part = head // (RATIO + 2), head % (RATIO + 2)
-    real = (head < GROUPS * (RATIO + 2))[:, None]
+    real = (head < GROUPS * (RATIO + 2))[:, None] & whole[None, :]
     is_query, is_key, is_value = part < RATIO, part == RATIO, part == RATIO + 1
     source = (
         mixed + row * GROUPS * (RATIO + 2) * 2 * HALF + head[:, None] * 2 * HALF + lane[None, :]
     )
     first = tl.load(source, mask=real, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=real, other=0.0).to(tl.float32)
-    angle = tl.load(angles + (row // batch) * 2 * HALF + lane)
+    angle = tl.load(angles + (row // batch) * 2 * HALF + lane, mask=whole, other=0.0)
     cosine = tl.where(is_value[:, None], 1.0, tl.cos(angle)[None, :])
     sine = tl.where(is_value[:, None], 0.0, tl.sin(angle)[None, :])
     if NORM:
         squares = tl.sum(first * first + second * second, axis=1) / (2 * HALF)
         scale = tl.where(is_value, 1.0, tl.rsqrt(squares + epsilon))[:, None]
-        w1 = tl.where(
-            is_query[:, None], tl.load(q_weight + lane)[None, :], tl.load(k_weight + lane)[None, :]
-        )
-        w2 = tl.where(
-            is_query[:, None],
-            tl.load(q_weight + HALF + lane)[None, :],
-            tl.load(k_weight + HALF + lane)[None, :],
-        )
+        q1 = tl.load(q_weight + lane, mask=whole, other=0.0)
+        q2 = tl.load(q_weight + HALF + lane, mask=whole, other=0.0)
+        k1 = tl.load(k_weight + lane, mask=whole, other=0.0)
+        k2 = tl.load(k_weight + HALF + lane, mask=whole, other=0.0)
+        w1 = tl.where(is_query[:, None], q1[None, :], k1[None, :])
+        w2 = tl.where(is_query[:, None], q2[None, :], k2[None, :])
         first *= scale * tl.where(is_value[:, None], 1.0, w1.to(tl.float32))
         second *= scale * tl.where(is_value[:, None], 1.0, w2.to(tl.float32))
     out1 = first * cosine - second * sine
@@ -91,52 +95,49 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     RATIO: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    LANES: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS tokens; `d_weights` [program, 2, 2 HALF] gets their sums for the query's and key's norm."""
-    head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
-    group, part = head // (RATIO + 2), head % (RATIO + 2)
-    real = (head < GROUPS * (RATIO + 2))[:, None]
-    is_query, is_key, is_value = part < RATIO, part == RATIO, part == RATIO + 1
+    """One group of ROWS tokens: few heads, so that many programs share a multiprocessor.
+
+    `d_weights` [tokens / ROWS, group, 2, 2 HALF] gets their sums for the query's and the key's norm.
+    """
+    block, group = tl.program_id(0), tl.program_id(1)
+    part, lane = tl.arange(0, HEADS), tl.arange(0, LANES)
+    whole = lane < HALF
+    is_query, is_key = (part < RATIO)[:, None], (part == RATIO)[:, None]
+    is_value = (part == RATIO + 1)[:, None]
+    real = (part < RATIO + 2)[:, None] & whole[None, :]
     if NORM:
-        w1 = tl.where(
-            is_query[:, None], tl.load(q_weight + lane)[None, :], tl.load(k_weight + lane)[None, :]
-        )
-        w2 = tl.where(
-            is_query[:, None],
-            tl.load(q_weight + HALF + lane)[None, :],
-            tl.load(k_weight + HALF + lane)[None, :],
-        )
-        w1, w2 = w1.to(tl.float32), w2.to(tl.float32)
-        q_sum1 = tl.zeros([HALF], tl.float32)
-        q_sum2 = tl.zeros([HALF], tl.float32)
-        k_sum1 = tl.zeros([HALF], tl.float32)
-        k_sum2 = tl.zeros([HALF], tl.float32)
+        q1 = tl.load(q_weight + lane, mask=whole, other=0.0)
+        q2 = tl.load(q_weight + HALF + lane, mask=whole, other=0.0)
+        k1 = tl.load(k_weight + lane, mask=whole, other=0.0)
+        k2 = tl.load(k_weight + HALF + lane, mask=whole, other=0.0)
+        w1 = tl.where(is_query, q1[None, :], k1[None, :]).to(tl.float32)
+        w2 = tl.where(is_query, q2[None, :], k2[None, :]).to(tl.float32)
+        sum1 = tl.zeros([HEADS, LANES], tl.float32)
+        sum2 = tl.zeros([HEADS, LANES], tl.float32)
     for number in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + number
+        row = block.to(tl.int64) * ROWS + number
         there = real & (row < tokens)
-        at = row * GROUPS * RATIO + group * RATIO + part
-        of_query = d_query + at[:, None] * 2 * HALF + lane[None, :]
-        shared = (row * GROUPS + group)[:, None] * 2 * HALF + lane[None, :]
-        on_query, on_key = there & is_query[:, None], there & is_key[:, None]
-        on_value = there & is_value[:, None]
-        g1 = tl.load(of_query, mask=on_query, other=0.0).to(tl.float32)
-        g2 = tl.load(of_query + HALF, mask=on_query, other=0.0).to(tl.float32)
-        g1 += tl.load(d_key + shared, mask=on_key, other=0.0).to(tl.float32)
-        g2 += tl.load(d_key + shared + HALF, mask=on_key, other=0.0).to(tl.float32)
-        g1 += tl.load(d_value + shared, mask=on_value, other=0.0).to(tl.float32)
-        g2 += tl.load(d_value + shared + HALF, mask=on_value, other=0.0).to(tl.float32)
-        angle = tl.load(
-            angles + (row // batch) * 2 * HALF + lane,
-            mask=lane < tl.where(row < tokens, HALF, 0),
-            other=0.0,
-        )
-        cosine = tl.where(is_value[:, None], 1.0, tl.cos(angle)[None, :])
-        sine = tl.where(is_value[:, None], 0.0, tl.sin(angle)[None, :])
+        of_query = d_query + (row * GROUPS + group) * RATIO * 2 * HALF
+        of_query += part[:, None] * 2 * HALF + lane[None, :]
+        shared = (row * GROUPS + group) * 2 * HALF + tl.broadcast_to(lane[None, :], (HEADS, LANES))
+        g1 = tl.load(of_query, mask=there & is_query, other=0.0).to(tl.float32)
+        g2 = tl.load(of_query + HALF, mask=there & is_query, other=0.0).to(tl.float32)
+        g1 += tl.load(d_key + shared, mask=there & is_key, other=0.0).to(tl.float32)
+        g2 += tl.load(d_key + shared + HALF, mask=there & is_key, other=0.0).to(tl.float32)
+        g1 += tl.load(d_value + shared, mask=there & is_value, other=0.0).to(tl.float32)
+        g2 += tl.load(d_value + shared + HALF, mask=there & is_value, other=0.0).to(tl.float32)
+        position = tl.where(row < tokens, row // batch, 0)
+        angle = tl.load(angles + position * 2 * HALF + lane, mask=whole, other=0.0)
+        cosine = tl.where(is_value, 1.0, tl.cos(angle)[None, :])
+        sine = tl.where(is_value, 0.0, tl.sin(angle)[None, :])
         d1 = g1 * cosine + g2 * sine
         d2 = g2 * cosine - g1 * sine
-        place = row * GROUPS * (RATIO + 2) * 2 * HALF + head[:, None] * 2 * HALF + lane[None, :]
+        place = (row * GROUPS + group) * (RATIO + 2) * 2 * HALF
+        place += part[:, None] * 2 * HALF + lane[None, :]
         if NORM:
             first = tl.load(mixed + place, mask=there, other=0.0).to(tl.float32)
             second = tl.load(mixed + place + HALF, mask=there, other=0.0).to(tl.float32)
@@ -144,22 +145,20 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             scale = tl.rsqrt(squares + epsilon)[:, None]
             first *= scale
             second *= scale
-            q_sum1 += tl.sum(tl.where(is_query[:, None], d1 * first, 0.0), axis=0)
-            q_sum2 += tl.sum(tl.where(is_query[:, None], d2 * second, 0.0), axis=0)
-            k_sum1 += tl.sum(tl.where(is_key[:, None], d1 * first, 0.0), axis=0)
-            k_sum2 += tl.sum(tl.where(is_key[:, None], d2 * second, 0.0), axis=0)
+            sum1 += d1 * first
+            sum2 += d2 * second
             n1, n2 = d1 * w1, d2 * w2
             mean = (tl.sum(n1 * first + n2 * second, axis=1) / (2 * HALF))[:, None]
-            d1 = tl.where(is_value[:, None], d1, scale * (n1 - first * mean))
-            d2 = tl.where(is_value[:, None], d2, scale * (n2 - second * mean))
+            d1 = tl.where(is_value, d1, scale * (n1 - first * mean))
+            d2 = tl.where(is_value, d2, scale * (n2 - second * mean))
         tl.store(d_mixed + place, d1, mask=there)
         tl.store(d_mixed + place + HALF, d2, mask=there)
     if NORM:
-        sums = d_weights + tl.program_id(0) * 4 * HALF + lane
-        tl.store(sums, q_sum1)
-        tl.store(sums + HALF, q_sum2)
-        tl.store(sums + 2 * HALF, k_sum1)
-        tl.store(sums + 3 * HALF, k_sum2)
+        sums = d_weights + (block * GROUPS + group) * 4 * HALF + lane
+        tl.store(sums, tl.sum(tl.where(is_query, sum1, 0.0), axis=0), mask=whole)
+        tl.store(sums + HALF, tl.sum(tl.where(is_query, sum2, 0.0), axis=0), mask=whole)
+        tl.store(sums + 2 * HALF, tl.sum(tl.where(is_key, sum1, 0.0), axis=0), mask=whole)
+        tl.store(sums + 3 * HALF, tl.sum(tl.where(is_key, sum2, 0.0), axis=0), mask=whole)
 
 
 class SplitNormRotate(torch.autograd.Function):
@@ -198,12 +197,12 @@ class SplitNormRotate(torch.autograd.Function):
             "RATIO": ratio,
             "HALF": head_size // 2,
             "HEADS": triton.next_power_of_2(groups * (ratio + 2)),
+            "LANES": triton.next_power_of_2(head_size // 2),
             "NORM": q_weight is not None,
-            "num_warps": WARPS,
         }
         weights = (q_weight, k_weight) if q_weight is not None else (mixed, mixed)
         forward_kernel[(sequence * batch,)](
-            mixed, angles, *weights, query, key, value, batch, epsilon, **shape
+            mixed, angles, *weights, query, key, value, batch, epsilon, **shape, num_warps=WARPS
         )
         ctx.save_for_backward(mixed if shape["NORM"] else None, angles, q_weight, k_weight)
         ctx.shape, ctx.epsilon, ctx.mixed_shape = shape, epsilon, mixed.shape
@@ -216,18 +215,21 @@ class SplitNormRotate(torch.autograd.Function):
         d_query, d_key, d_value = (gradient.contiguous() for gradient in gradients)
         d_mixed = d_query.new_empty(ctx.mixed_shape)
         sequence, batch = ctx.mixed_shape[:2]
-        programs, norm = triton.cdiv(sequence * batch, ROWS), ctx.shape["NORM"]
-        size = (programs, 2, 2 * ctx.shape["HALF"]) if norm else (1,)
+        norm = ctx.shape["NORM"]
+        blocks = triton.cdiv(sequence * batch, ROWS[norm])
+        groups, ratio = ctx.shape["GROUPS"], ctx.shape["RATIO"]
+        size = (blocks * groups, 2, 2 * ctx.shape["HALF"]) if norm else (1,)
         d_weights = torch.empty(size, dtype=torch.float32, device=d_mixed.device)
         inputs = (
             (mixed, angles, q_weight, k_weight) if norm else (d_mixed, angles, d_mixed, d_mixed)
         )
-        backward_kernel[(programs,)](
+        backward_kernel[(blocks, groups)](
             *inputs,
             *(d_query, d_key, d_value, d_mixed, d_weights),
             *(sequence * batch, batch, ctx.epsilon),
-            **ctx.shape,
-            ROWS=ROWS,
+            **{**ctx.shape, "HEADS": triton.next_power_of_2(ratio + 2)},
+            ROWS=ROWS[norm],
+            num_warps=BACKWARD_WARPS[norm],
         )
         if not norm:
             return d_mixed, None, None, None, None, None, None

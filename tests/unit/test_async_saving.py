@@ -1,0 +1,53 @@
+"""Where asynchronous saves put tensors, as far as a machine without a GPU can tell."""
+
+import io
+
+import torch
+
+from megaqwen.training import async_saving
+
+
+def buckets(seed: int) -> list[async_saving.Bucket]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(3, 5, generator=generator),
+        torch.randn(4, 6, generator=generator).bfloat16().T,  # not contiguous
+        torch.randn(7, generator=generator)[2:4],  # a view of a larger storage
+        torch.tensor(seed),
+        torch.empty(0, 3),
+    ]
+    items = [(f"item {number}", tensor) for number, tensor in enumerate(tensors)]
+    return [("a", "a.distcp", (["bytes"], items[:2])), ("b", "b.distcp", ([], items[2:]))]
+
+
+def tensors_of(these: list[async_saving.Bucket]) -> list[torch.Tensor]:
+    return [tensor for *_, (_, tensors) in these for _, tensor in tensors]
+
+
+def test_each_tensor_is_staged_with_a_storage_of_its_own() -> None:
+    wanted = buckets(1)
+    staged = async_saving.stage(wanted)
+    assert [(file, key, data) for file, key, (data, _) in staged] == [
+        (file, key, data) for file, key, (data, _) in wanted
+    ]
+    for place, original in zip(tensors_of(staged), tensors_of(wanted), strict=True):
+        torch.testing.assert_close(place, original, rtol=0, atol=0)
+        assert place.untyped_storage().nbytes() == original.nbytes
+        written = io.BytesIO()
+        torch.save(place, written)
+        written.seek(0)
+        assert torch.equal(torch.load(written), original)
+
+
+def test_the_next_save_takes_the_same_memory() -> None:
+    first = [place.data_ptr() for place in tensors_of(async_saving.stage(buckets(1)))]
+    staged = async_saving.stage(buckets(2))
+    assert [place.data_ptr() for place in tensors_of(staged)][:4] == first[:4]
+    assert all(map(torch.equal, tensors_of(staged), tensors_of(buckets(2))))
+
+
+def test_more_than_the_host_has_is_not_kept() -> None:
+    staging = async_saving.Staging()
+    assert not staging.grow(1 << 60)
+    assert staging.grow(1 << 12)
+    assert staging.memory.nbytes == 1 << 12
