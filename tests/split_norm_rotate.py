@@ -74,13 +74,7 @@ def largest_error(groups: int, ratio: int, size: int, norm: bool, device: str) -
 def main() -> None:
     """Grouped and ungrouped heads, counts and sizes that are no power of two, with and without norms."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = (
-        (2, 3, 16, True),
-        (3, 1, 32, False),
-        (1, 6, 64, True),
-        (2, 2, 24, True),
-        (1, 2, 24, False),
-    )
+    shapes = ((2, 3, 16, True), (1, 6, 24, True), (3, 1, 24, False))
     for groups, ratio, size, norm in shapes:
         error = largest_error(groups, ratio, size, norm, device)
         sys.stdout.write(f"groups {groups} ratio {ratio} size {size} norm {norm}: {error:.1e}\n")
