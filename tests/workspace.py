@@ -49,6 +49,13 @@ class Workspace:
     directory: Path
     architecture: str = "qwen3"
     """Of the tiny model."""
+    kind: str = "pretrain"
+    """Of the data, which lies in the folder `data`, or `conversations` for sft."""
+
+    @property
+    def data(self) -> Path:
+        """The tokenized corpus."""
+        return self.directory / ("data" if self.kind == "pretrain" else "conversations")
 
     def config(self, name: str, options: Mapping[str, Any], **sections: Any) -> Path:
         """Write a config whose section train is OPTIONS and `options`; `sections` are laid over.
@@ -63,7 +70,8 @@ class Workspace:
             "text_field": "text",
             "weight": 1.0,
         }
-        data = {"corpora": [corpus], "split": [60, 20, 20], **sections.pop("data", {})}
+        data = {"kind": self.kind, "corpora": [corpus], "split": [60, 20, 20]}
+        data |= sections.pop("data", {})
         path = self.directory / f"{name}.yaml"
         model = {"source": "tiny", "architecture": self.architecture, "seed": 1234}
         return write_config(path, data=data, train=train, model=model, **sections)
@@ -79,7 +87,7 @@ class Workspace:
             *("--checkpoints", output / "checkpoints" / digest, ROOT / "scripts" / "train.py"),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),
-            *("--data", self.directory / "data", "--output", output),
+            *("--data", self.data, "--output", output),
         )
         return [str(word) for word in words]
 
@@ -108,7 +116,7 @@ class Workspace:
         script(
             *("parity.py", "--config", config, "--crossing", "export"),
             *("--model", exported / "hf", "--checkpoint", checkpoints),
-            *("--data", self.directory / "data", "--output", verdict),
+            *("--data", self.data, "--output", verdict),
             *("--checkpoint-manifest", manifest),
         )
         assert read_json(verdict)["results"]["verdict"] == "passed"
