@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,32 @@ class Workspace:
         )
         assert read_json(verdict)["results"]["verdict"] == "passed"
         return exported / "hf"
+
+    def held_out_loss(
+        self, trained: Path, model: Path, options: Mapping[str, Any], *cases: str
+    ) -> dict[str, Any]:
+        """What distributed/held_out_loss.py measures of a training in the directory `trained`.
+
+        Args:
+            trained: With the checkpoints.
+            model: The Hugging Face directory that was exported from it.
+            options: Of the training.
+            cases: NAME:SEED:SAMPLES each.
+        """
+        words = {
+            "config": self.config("held-out-loss", options),
+            "model": model,
+            "checkpoint": trained,
+            "data": self.data,
+            "train-manifest": trained.parents[1] / "manifest.json",
+        }
+        program = ROOT / "tests" / "distributed" / "held_out_loss.py"
+        named = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+        command = [sys.executable, str(program), *named, *cases]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
 
 def prepare(directory: Path, architecture: str = "qwen3") -> Workspace:

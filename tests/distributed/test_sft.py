@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import ROOT
+from commands import ROOT, run_script
 from conversation_files import random_conversations, write_conversations
 from megaqwen.provenance import read_json, write_json
 from megaqwen.training.metrics import read_metrics
@@ -45,6 +45,7 @@ def chats(workspace: Workspace) -> Workspace:
     conversations = random_conversations(200, longest=64, vocabulary=2000)
     write_conversations(chats.data / "lines", conversations)
     manifest = read_json(workspace.data / "manifest.json")
+    manifest["results"]["kind"] = "sft"
     manifest["results"]["corpora"]["lines"]["documents"] = 200
     write_json(chats.data / "manifest.json", manifest)
     return chats
@@ -96,6 +97,43 @@ def test_resuming_ends_in_the_same_bits(chats: Workspace, one_rank: Path) -> Non
     assert chats.train("sft-one-rank", 1, OPTIONS) == one_rank
     assert losses(one_rank) == curve
     assert differing(weights(chats, one_rank, 4), expected) == []
+
+
+def test_the_exported_model_has_the_loss_that_training_logged(chats: Workspace) -> None:
+    """Of each conversation by itself: training had them in packs, in micro batches of two ranks."""
+    name = "sft-data-parallel-micro-batch-4"
+    (trained,) = (chats.directory / name / "checkpoints").iterdir()
+    options = {**OPTIONS, **LAYOUTS["data-parallel-micro-batch-4"][1]}
+    exported = chats.export(f"{name}-hf", trained, options, "source")
+    results = read_json(trained.parents[1] / "manifest.json")["results"]
+    losses = results["evaluations"]["test"]["losses"]
+    assert list(losses) == ["4", "5", "6", "7"]  # of the last rank
+    assert len({targets for _, targets in losses.values()}) > 1
+    cases = ("all:1234:8", "two:1234:2.5", "none:1234:0.05", "another seed:7:8")
+    found = chats.held_out_loss(trained, exported, options, *cases)
+    every, two, none, other = (found[case.split(":")[0]] for case in cases)
+    assert every["measured"]["logged"] == results["test_loss"]
+    assert two["measured"]["targets"] == sum(losses[index][1] for index in "45")
+    for case in (every, two):
+        assert case["gates"]["perplexity"]["passed"] and case["gates"]["trained loss"]["passed"]
+        assert case["gates"]["trained loss"]["value"] < 5e-6
+    assert set(none["gates"]) == {"perplexity"} and none["measured"]["targets"] > 0
+    assert other["gates"]["perplexity"]["passed"] and not other["gates"]["trained loss"]["passed"]
+
+
+@pytest.mark.parametrize(("found", "wanted"), [("pretrain", "sft"), ("sft", "pretrain")])
+def test_data_of_another_kind_is_refused(
+    workspace: Workspace, chats: Workspace, found: str, wanted: str
+) -> None:
+    of_kind = {"pretrain": workspace, "sft": chats}
+    words = of_kind[wanted].launch_words(f"{found}-as-{wanted}", 1, {})
+    words[words.index("--data") + 1] = str(of_kind[found].data)
+    train = words[words.index("--config") :]
+    done = run_script("train.py", *train)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        f"preprocessed as data.kind {found}, and the config has data.kind {wanted}" in done.stdout
+    )
 
 
 def test_too_long_conversations_stop_a_run_that_does_not_say_what_to_do(chats: Workspace) -> None:

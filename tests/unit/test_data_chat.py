@@ -201,9 +201,7 @@ conversations = st.builds(
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(records=st.lists(conversations, min_size=1, max_size=2))
 def test_targets_are_the_assistants_turns_and_nothing_else(
     tokenizers: dict[str, ChatTokenizer], name: str, records: list[dict[str, Any]]
@@ -234,9 +232,7 @@ def test_targets_are_the_assistants_turns_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(record=conversations.filter(lambda record: "<|" not in str(record)))
 def test_ids_are_those_of_apply_chat_template(
     tokenizers: dict[str, ChatTokenizer], name: str, record: dict[str, Any]

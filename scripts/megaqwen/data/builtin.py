@@ -56,7 +56,9 @@ def builtin_conversations() -> tuple[dict[str, Any], ...]:
         while asked:
             number = len(conversations)
             system = [{"role": "system", "content": SYSTEM}] if number % 4 == 3 else []
-            more = asked.pop(1) if number % 3 == 2 and len(asked) > 1 else []
+            both = sum(len(turns[-1]["content"]) for turns in asked[:2])
+            goes_on = number % 3 == 2 and len(asked) > 1 and both <= LONGEST_ANSWER
+            more = asked.pop(1) if goes_on else []
             conversations.append({"messages": [*system, *asked.pop(0), *more]})
     return tuple(conversations)
 
