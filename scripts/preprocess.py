@@ -6,6 +6,10 @@ NAME.idx; card.json, which says what is in them (documents, tokens, bytes, lengt
 nats a token, what was left out, a sample); and manifest.json. It appears under its name when all of it
 is there.
 
+With data.kind sft the documents are conversations, rendered by the model's chat template, without an end
+of document. NAME.targets.bin and NAME.targets.idx say which of their tokens are trained on: those of the
+assistant's turns, each with its <|im_end|>.
+
     python scripts/preprocess.py --config config/config.yaml --model MODEL/hf --output DATA
 
 Several jobs can do it side by side; the result is the same to the byte:
@@ -52,10 +56,11 @@ def preprocess(arguments: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from megaqwen.data.parts import tokenize_part
     from megaqwen.data.pieces import Shard
-    from megaqwen.data.tokenization import DocumentTokenizer
+    from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
     from megaqwen.data.tokenize_corpus import tokenize_corpora
 
-    tokenizer = DocumentTokenizer(arguments.model)
+    kind = ChatTokenizer if config.data.kind == "sft" else DocumentTokenizer
+    tokenizer = kind(arguments.model)
     gc.freeze()  # the libraries' objects stay: collecting garbage need not look at them again
     corpora = config.data.corpora
     with new_directory(arguments.output) as directory:

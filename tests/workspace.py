@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,13 @@ class Workspace:
     directory: Path
     architecture: str = "qwen3"
     """Of the tiny model."""
+    kind: str = "pretrain"
+    """Of the data, which lies in the folder `data`, or `conversations` for sft."""
+
+    @property
+    def data(self) -> Path:
+        """The tokenized corpus."""
+        return self.directory / ("data" if self.kind == "pretrain" else "conversations")
 
     def config(self, name: str, options: Mapping[str, Any], **sections: Any) -> Path:
         """Write a config whose section train is OPTIONS and `options`; `sections` are laid over.
@@ -63,7 +72,8 @@ class Workspace:
             "text_field": "text",
             "weight": 1.0,
         }
-        data = {"corpora": [corpus], "split": [60, 20, 20], **sections.pop("data", {})}
+        data = {"kind": self.kind, "corpora": [corpus], "split": [60, 20, 20]}
+        data |= sections.pop("data", {})
         path = self.directory / f"{name}.yaml"
         model = {"source": "tiny", "architecture": self.architecture, "seed": 1234}
         return write_config(path, data=data, train=train, model=model, **sections)
@@ -79,7 +89,7 @@ class Workspace:
             *("--checkpoints", output / "checkpoints" / digest, ROOT / "scripts" / "train.py"),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),
-            *("--data", self.directory / "data", "--output", output),
+            *("--data", self.data, "--output", output),
         )
         return [str(word) for word in words]
 
@@ -108,11 +118,37 @@ class Workspace:
         script(
             *("parity.py", "--config", config, "--crossing", "export"),
             *("--model", exported / "hf", "--checkpoint", checkpoints),
-            *("--data", self.directory / "data", "--output", verdict),
+            *("--data", self.data, "--output", verdict),
             *("--checkpoint-manifest", manifest),
         )
         assert read_json(verdict)["results"]["verdict"] == "passed"
         return exported / "hf"
+
+    def held_out_loss(
+        self, trained: Path, model: Path, options: Mapping[str, Any], *cases: str
+    ) -> dict[str, Any]:
+        """What distributed/held_out_loss.py measures of a training in the directory `trained`.
+
+        Args:
+            trained: With the checkpoints.
+            model: The Hugging Face directory that was exported from it.
+            options: Of the training.
+            cases: NAME:SEED:SAMPLES each.
+        """
+        words = {
+            "config": self.config("held-out-loss", options),
+            "model": model,
+            "checkpoint": trained,
+            "data": self.data,
+            "train-manifest": trained.parents[1] / "manifest.json",
+        }
+        program = ROOT / "tests" / "distributed" / "held_out_loss.py"
+        named = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+        command = [sys.executable, str(program), *named, *cases]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
 
 def prepare(directory: Path, architecture: str = "qwen3") -> Workspace:

@@ -49,13 +49,15 @@ class Layout:
             for field in ("weight", "valid_weight", "test_weight", "split"):
                 del corpus[field]
         del data["shards"]  # how it is done, not what comes out
+        too_long = forget_other_kind(data)
         match stage:
             case "download":
                 fields = {"model": config["model"]}
             case "convert":
                 fields = {"model": self.model_key}
             case "preprocess":
-                fields = {"model": self.model_key, "corpora": data["corpora"]}
+                kind = {"kind": data["kind"]} if "kind" in data else {}
+                fields = {"model": self.model_key, "corpora": data["corpora"], **kind}
             case "gate":
                 # What is compared, not how: other texts are no reason to train again.
                 made_of = {"convert": self.stage_digest("convert")}
@@ -64,7 +66,7 @@ class Layout:
             case "parity":
                 fields = {"parity": config["parity"]}
             case "train":
-                order = {"weights": weights, "splits": splits, "seed": data["seed"]}
+                order = {"weights": weights, "splits": splits, "seed": data["seed"], **too_long}
                 made_of = {"convert": self.stage_digest("convert")}
                 made_of |= {"preprocess": self.stage_digest("preprocess")}
                 fields = {"train": without_defaults(config["train"]), **order, **made_of}
@@ -151,3 +153,18 @@ class Layout:
     def checkpoints(self) -> Path:
         """Training's checkpoints: another config, model or corpus never resumes from them."""
         return self.run / "train" / "checkpoints" / self.stage_digest("train")
+
+
+def forget_other_kind(data: dict[str, Any]) -> dict[str, Any]:
+    """Take what only the other kind of data reads out of the data section; what only training reads.
+
+    Pretraining's section is as it was before there was another kind: its results stay valid.
+    """
+    sft = data["kind"] == "sft"
+    for corpus in data["corpora"]:
+        corpus.pop("text_field" if sft else "conversation_field", None)
+    too_long = data.pop("too_long")
+    if sft:
+        return {"too_long": too_long}
+    del data["kind"]
+    return {}

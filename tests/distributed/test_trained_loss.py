@@ -1,11 +1,7 @@
 """The loss that training logged is the exported model's, over the same samples; of no other model's."""
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,23 +24,6 @@ def exported(workspace: Workspace, trained: Path) -> Path:
     return workspace.export("trained-loss-hf", trained, TWO_RANKS, "source")
 
 
-def measured(workspace: Workspace, trained: Path, model: Path, *cases: str) -> dict[str, Any]:
-    words = {
-        "config": workspace.config("trained-loss", TWO_RANKS),
-        "model": model,
-        "checkpoint": trained,
-        "data": workspace.directory / "data",
-        "train-manifest": trained.parents[1] / "manifest.json",
-    }
-    program = Path(__file__).with_name("held_out_loss.py")
-    options = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-    command = [sys.executable, str(program), *options, *cases]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def test_the_manifest_tells_what_was_evaluated(trained: Path) -> None:
     results = read_json(trained.parents[1] / "manifest.json")["results"]
     validation, test = (results["evaluations"][kind] for kind in ("validation", "test"))
@@ -64,7 +43,9 @@ def test_the_manifest_tells_what_was_evaluated(trained: Path) -> None:
 def test_the_exported_model_has_the_loss_that_training_logged(
     workspace: Workspace, trained: Path, exported: Path
 ) -> None:
-    found = measured(workspace, trained, exported, "all:1234:8", "two:1234:2.5", "none:1234:0.5")
+    found = workspace.held_out_loss(
+        trained, exported, TWO_RANKS, "all:1234:8", "two:1234:2.5", "none:1234:0.5"
+    )
     logged = read_json(trained.parents[1] / "manifest.json")["results"]["test_loss"]
     for name, samples in (("all", SAMPLES), ("two", 2)):
         facts, gates = found[name]["measured"], found[name]["gates"]
@@ -82,7 +63,9 @@ def test_the_exported_model_has_the_loss_that_training_logged(
 def test_other_samples_have_another_loss(
     workspace: Workspace, trained: Path, exported: Path
 ) -> None:
-    gates = measured(workspace, trained, exported, "another seed:7:8")["another seed"]["gates"]
+    gates = workspace.held_out_loss(trained, exported, TWO_RANKS, "another seed:7:8")[
+        "another seed"
+    ]["gates"]
     assert gates["perplexity"]["passed"] and not gates["trained loss"]["passed"]
     assert gates["trained loss"]["value"] > 10 * gates["trained loss"]["threshold"]
 

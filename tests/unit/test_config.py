@@ -420,9 +420,8 @@ def test_every_shipped_yaml_is_valid(path: Path) -> None:
 def test_the_experiments_are_what_their_names_say() -> None:
     configs = {path.stem: load_config(DEFAULT, read_yaml(path)) for path in EXPERIMENTS}
     default = load_config(DEFAULT)
-    assert {"qwen2.5", "data-parallel", "hub", "files", "moe", "continued-pretraining"} <= set(
-        configs
-    )
+    names = {"qwen2.5", "data-parallel", "hub", "files", "moe", "continued-pretraining", "sft"}
+    assert names <= set(configs)
     assert check_model_fits(configs["moe"], tiny_hf_config("qwen3_moe"), 2) == []
     assert configs["qwen2.5"].train == default.train
     assert configs["data-parallel"].model == default.model

@@ -15,6 +15,7 @@ from commands import options, run_script, write_config
 from megaqwen.config import Config, load_config
 from megaqwen.provenance import StageRecord, read_json
 from megaqwen.report.card import model_card
+from megaqwen.report.data import turns
 
 MODEL = 'models/<b onclick="alert(1)">Qwen & sons</b>'
 TEXT = "</pre><script>alert(2)</script>"
@@ -381,3 +382,13 @@ def test_the_card_names_the_base_model_as_the_hub_reads_it(run: Run) -> None:
     metadata, text = card_of(config, source="tiny", architecture="qwen3", seed="1")
     assert "base_model" not in metadata
     assert "A tiny qwen3 with random weights" in text
+
+
+def test_conversations_have_their_targets_marked() -> None:
+    pieces = [{"text": "<|im_start|>user\nIs <b>it</b>?", "target": False}]
+    pieces += [{"text": "It <i>is</i>.<|im_end|>", "target": True}]
+    facts = {"turns": 30, "assistant_turns": 14, "target_tokens": 250, "tokens": 1000}
+    found = turns({"chats": {**facts, "sample": pieces}, "texts": {"tokens": 5}})
+    assert "<mark>It &lt;i&gt;is&lt;/i&gt;.&lt;|im_end|&gt;</mark></pre>" in found
+    assert "Is &lt;b&gt;it&lt;/b&gt;?<mark>" in found and "25.0%" in found and "texts" not in found
+    assert turns({"texts": {"tokens": 5}}) == ""

@@ -101,6 +101,32 @@ def test_an_edit_of_the_config(finished: Checkout, edit: str) -> None:
     assert finished.plan("all", "--configfile", "base.yaml", file) == expected
 
 
+SFT = ("--configfile", "base.yaml", "sft.yaml")
+SFT_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "what becomes of long conversations": (section("data", too_long="drop"), TRAIN),
+    "a field of conversations": (corpora({"conversation_field": "chat"}, {}), DATA),
+    "pretraining again": (section("data", kind="pretrain"), ANOTHER_RUN),  # its data is there
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A copy whose run is SFT now: the data, and what is made of it, was redone."""
+    directory = tmp_path_factory.mktemp("tuned") / "checkout"
+    shutil.copytree(finished.directory, directory, symlinks=True)
+    checkout = Checkout(directory)
+    overlay(checkout, "sft.yaml", data={"kind": "sft"})
+    assert set(checkout.run("all", *SFT)) == DATA
+    return checkout
+
+
+@pytest.mark.parametrize("edit", SFT_EDITS)
+def test_an_edit_of_the_config_of_sft(tuned: Checkout, edit: str) -> None:
+    changes, expected = SFT_EDITS[edit]
+    file = overlay(tuned, f"{edit.replace(' ', '-')}.yaml", **changes)
+    assert tuned.plan("all", *SFT, file) == expected
+
+
 def remove(path: Path) -> None:
     path.unlink()
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaqwen.config.mistakes import Mistake, shown
-from megaqwen.config.sections import SPLITS, Corpus, Data
+from megaqwen.config.sections import SPLITS, Corpus, Data, FilesCorpus
 
 EVAL_ITERS = 100  # Megatron's default
 PURPOSES = ("training", "validation", "test")
@@ -41,6 +41,7 @@ def data_mistakes(values: Mapping[str, Any]) -> list[Mistake]:
         return mistakes
     train = values.get("train")
     evaluations = train.get("eval_iters", EVAL_ITERS) if isinstance(train, Mapping) else 0
+    mistakes += kind_mistakes(data)
     return [*mistakes, *weight_mistakes(data), *share_mistakes(data, evaluations)]
 
 
@@ -52,6 +53,28 @@ def name_mistakes(corpora: Any) -> Iterator[Mistake]:
         if isinstance(name, str) and first.setdefault(name, index) != index:
             text = f"{shown(name)} is also the name of data.corpora[{first[name]}]: names differ"
             yield Mistake(("data", "corpora", index, "name"), text)
+
+
+def kind_mistakes(data: Data) -> Iterator[Mistake]:
+    """Fields of the other kind of data that are set: nobody would read them."""
+    if data.kind == "pretrain" and data.too_long != "error":
+        text = "is for kind sft: a document of pretraining is cut where a sample ends"
+        yield Mistake(("data", "too_long"), text)
+    for index, corpus in enumerate(data.corpora):
+        if not isinstance(corpus, FilesCorpus):
+            continue
+        where = ("data", "corpora", index)
+        if data.kind == "pretrain" and corpus.conversation_field is not None:
+            text = "is for kind sft, and data.kind is pretrain: text_field names a document's text"
+            yield Mistake((*where, "conversation_field"), text)
+        if data.kind == "sft" and corpus.text_field != "text":
+            text = (
+                "is for kind pretrain, and data.kind is sft: conversation_field names the messages"
+            )
+            yield Mistake((*where, "text_field"), text)
+        if data.kind == "sft" and corpus.format == "text":
+            text = '"text" is given: a text file holds no conversations; jsonl, parquet or arrow do'
+            yield Mistake((*where, "format"), text)
 
 
 def weight_mistakes(data: Data) -> Iterator[Mistake]:

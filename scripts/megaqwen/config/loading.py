@@ -12,6 +12,7 @@ from megaqwen.config.checks import model_mistakes
 from megaqwen.config.combinations import train_mistakes
 from megaqwen.config.megatron_options import validate_train_options
 from megaqwen.config.mistakes import Mistake, mistakes_of
+from megaqwen.config.packed_options import packed_mistakes
 from megaqwen.config.reading import ConfigError, read_yaml, scalar
 from megaqwen.config.sections import Config, TinyModel
 from megaqwen.sources.tiny_shapes import tiny_hf_config
@@ -49,6 +50,9 @@ def examine(merged: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
     if isinstance(train, Mapping):
         canonical, mistakes = validate_train_options(train)
         mistakes += train_mistakes(canonical)
+        data = values.get("data")
+        if isinstance(data, Mapping) and data.get("kind") == "sft":
+            mistakes += packed_mistakes(canonical)
         values["train"] = canonical
     mistakes = data_mistakes(values) + mistakes
     try:

@@ -106,13 +106,14 @@ class TextCorpus(Section):
     split: Shares | None = None
     """Its own shares, or train, valid or test: all its documents are for that. Else data.split."""
     min_characters: int = Field(default=0, ge=0)
-    """Shorter documents are left out and counted; 0 keeps all that have any text."""
+    """Shorter documents are left out and counted; 0 keeps all that have any text. Of conversations,
+    what is trained on counts."""
     deduplicate: bool = False
     """true leaves out a document whose text an earlier one of the corpus has to the byte."""
 
 
 class BuiltinCorpus(TextCorpus):
-    """English text that every machine has: pydoc's topics and the standard library's docstrings."""
+    """English text that every machine has, from Python's own documentation; as conversations for sft."""
 
     source: Literal["builtin"]
 
@@ -126,9 +127,12 @@ class FilesCorpus(TextCorpus):
     format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
     """auto goes by the name: .jsonl, .json, .txt, .parquet, .arrow; .gz, .zst and .xz are unpacked."""
     text_field: str = Field(default="text", min_length=1)
-    """The field (JSONL) or column (Parquet, Arrow) that holds a document's text."""
+    """pretrain: the field (JSONL) or column (Parquet, Arrow) that holds a document's text."""
+    conversation_field: str | None = Field(default=None, min_length=1)
+    """sft: the field or column that holds the messages. Left out, it is messages or conversations,
+    whichever there is, or else prompt and completion."""
     max_bad_documents: int = Field(default=0, ge=0)
-    """Lines or rows that may be unusable (no JSON, no UTF-8, no text): left out, logged, counted."""
+    """Lines or rows that may be unusable (no JSON, no text, no conversation): left out and counted."""
 
 
 Corpus = Annotated[BuiltinCorpus | FilesCorpus, Field(discriminator="source")]
@@ -137,6 +141,8 @@ Corpus = Annotated[BuiltinCorpus | FilesCorpus, Field(discriminator="source")]
 class Data(Section):
     """What is trained on."""
 
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    """pretrain trains on every token of documents, sft on the assistant's turns of conversations."""
     corpora: list[Corpus] = Field(min_length=1)
     """One entry a corpus; their names differ."""
     split: Shares = [96, 2, 2]
@@ -145,6 +151,8 @@ class Data(Section):
     """Seed of the order in which samples are drawn."""
     shards: int = Field(default=1, ge=1, le=9999)
     """Jobs that tokenize side by side; the result is the same, and another number redoes nothing."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """sft: what becomes of a conversation longer than seq_length; truncate keeps its beginning."""
 
 
 class Export(Section):

@@ -1,12 +1,19 @@
 """English text that every machine has: CPython's own documentation."""
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 SHORTEST_DOCSTRING = 80  # characters: below that they say too little to be a document
+SHORTEST_ANSWER, LONGEST_ANSWER = (
+    20,
+    240,
+)  # characters: a conversation fits the tiny models' samples
+SYSTEM = "You explain Python's standard library in a few words."
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
 
 
@@ -18,23 +25,60 @@ def builtin_documents() -> Iterator[str]:
     for name in sorted(topics):
         yield topics[name].strip()
     seen: set[str] = set()
+    for _, path in library_modules():
+        docstrings = [text for _, text in documented(path) if text not in seen]
+        docstrings = [text for text in docstrings if len(text) >= SHORTEST_DOCSTRING]
+        seen.update(docstrings)
+        if docstrings:
+            yield "\n\n".join(docstrings)
+
+
+@functools.cache
+def builtin_conversations() -> tuple[dict[str, Any], ...]:
+    """Questions about functions and classes of the standard library, answered by their docstrings.
+
+    Some have a system message, some go on with a second question about the same module.
+    Deterministic as `builtin_documents`.
+    """
+    conversations: list[dict[str, Any]] = []
+    for module, path in library_modules():
+        asked: list[list[dict[str, str]]] = []
+        for name, text in documented(path):
+            answer = " ".join(text.partition("\n\n")[0].split())
+            if name and SHORTEST_ANSWER <= len(answer) <= LONGEST_ANSWER:
+                question = f"What does {module}.{name} do?"
+                asked.append(
+                    [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": answer},
+                    ]
+                )
+        while asked:
+            number = len(conversations)
+            system = [{"role": "system", "content": SYSTEM}] if number % 4 == 3 else []
+            both = sum(len(turns[-1]["content"]) for turns in asked[:2])
+            goes_on = number % 3 == 2 and len(asked) > 1 and both <= LONGEST_ANSWER
+            more = asked.pop(1) if goes_on else []
+            conversations.append({"messages": [*system, *asked.pop(0), *more]})
+    return tuple(conversations)
+
+
+def library_modules() -> Iterator[tuple[str, Path]]:
+    """The standard library's modules by their dotted names, sorted by path."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
-        if LEFT_OUT.isdisjoint(path.relative_to(library).parts):
-            docstrings = [text for text in module_docstrings(path) if text not in seen]
-            seen.update(docstrings)
-            if docstrings:
-                yield "\n\n".join(docstrings)
+        inside = path.relative_to(library)
+        if LEFT_OUT.isdisjoint(inside.parts):
+            yield ".".join(inside.with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def module_docstrings(path: Path) -> list[str]:
-    """The docstrings, long enough, of a module, its classes and functions, in source order."""
+def documented(path: Path) -> list[tuple[str, str]]:
+    """Names and docstrings of a module (without a name), its classes and functions, in source order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    texts = [ast.get_docstring(node) or "" for node in nodes]
-    return [text for text in texts if len(text) >= SHORTEST_DOCSTRING]
+    return [(getattr(node, "name", ""), ast.get_docstring(node) or "") for node in nodes]

@@ -1,6 +1,6 @@
 """The text column of tables: Parquet files, and the Arrow files of a data set that was saved to disk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -13,6 +13,9 @@ from megaqwen.errors import InputError
 ROWS = 1024
 BYTES_OF_ROWS = 4 * 2**20
 ARROW_FILE_MAGIC = b"ARROW1"
+
+Choose = Callable[[pyarrow.Schema, Path], list[str]]
+Rows = tuple[int, pyarrow.RecordBatch]  # with the first one's number in its file, from 0
 
 
 def row_group_positions(path: Path) -> list[int]:
@@ -33,61 +36,87 @@ def parquet_texts(
     path: Path, column: str, start: int, stop: int | None, refuse: Refuse
 ) -> Iterator[list[str]]:
     """The texts of some row groups, of which only the text column is read, a few rows at a time."""
+    for row, batch in parquet_rows(path, text_column(column), start, stop):
+        yield texts_of_column(batch.column(0), column, path, row, refuse)
+
+
+def parquet_rows(path: Path, choose: Choose, start: int, stop: int | None) -> Iterator[Rows]:
+    """Some columns of some row groups, a few rows at a time, each time with the first one's number."""
     try:
         with parquet.ParquetFile(path, buffer_size=streams.BUFFER) as table:
-            check_column(table.schema_arrow, column, path)
+            columns = choose(table.schema_arrow, path)
             metadata = table.metadata
             groups = list(range(metadata.num_row_groups))
             row = sum(metadata.row_group(group).num_rows for group in groups[:start])
-            rows = rows_at_once(table, column)
+            rows = rows_at_once(table, columns)
             chosen = groups[start:stop]
-            for batch in table.iter_batches(batch_size=rows, row_groups=chosen, columns=[column]):
-                yield texts_of_column(batch.column(0), column, path, row, refuse)
+            for batch in table.iter_batches(batch_size=rows, row_groups=chosen, columns=columns):
+                yield row, batch
                 row += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise not_readable(path, "Parquet", error) from error
 
 
-def rows_at_once(table: parquet.ParquetFile, column: str) -> int:
-    """How many rows are read at once: fewer where texts are long."""
+def rows_at_once(table: parquet.ParquetFile, columns: Sequence[str]) -> int:
+    """How many rows are read at once: fewer where they are large."""
     metadata = table.metadata
     if not metadata.num_rows:
         return 1
     names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    index = names.index(column)
-    groups = range(metadata.num_row_groups)
-    size = sum(metadata.row_group(i).column(index).total_uncompressed_size for i in groups)
+    mine = [
+        index
+        for index, name in enumerate(names)
+        if any(name == column or name.startswith(f"{column}.") for column in columns)
+    ]
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    size = sum(group.column(index).total_uncompressed_size for group in groups for index in mine)
     return int(min(max(BYTES_OF_ROWS * metadata.num_rows // max(size, 1), 1), ROWS))
 
 
 def arrow_texts(path: Path, column: str, refuse: Refuse) -> Iterator[list[str]]:
     """The texts of an Arrow file: a stream, as `datasets` saves it, or the file format."""
+    for row, batch in arrow_rows(path, text_column(column)):
+        yield texts_of_column(batch.column(0), column, path, row, refuse)
+
+
+def arrow_rows(path: Path, choose: Choose) -> Iterator[Rows]:
+    """Some columns of an Arrow file, a few rows at a time, each time with the first one's number."""
     try:
         with pyarrow.OSFile(str(path)) as source:
             is_file = source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
             source.seek(0)
             row = 0
-            for batch in arrow_batches(source, is_file, column, path):
+            for batch in arrow_batches(source, is_file, choose, path):
                 for first in range(0, len(batch), ROWS):
                     part = batch.slice(first, ROWS)
-                    yield texts_of_column(part, column, path, row, refuse)
+                    yield row, part
                     row += len(part)
     except (pyarrow.ArrowException, OSError) as error:
         raise not_readable(path, "Arrow", error) from error
 
 
 def arrow_batches(
-    source: pyarrow.NativeFile, is_file: bool, column: str, path: Path
-) -> Iterator[pyarrow.Array]:
-    """The text column of each record batch."""
+    source: pyarrow.NativeFile, is_file: bool, choose: Choose, path: Path
+) -> Iterator[pyarrow.RecordBatch]:
+    """The chosen columns of each record batch."""
     reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
-    check_column(reader.schema, column, path)
+    columns = choose(reader.schema, path)
     if is_file:
         for number in range(reader.num_record_batches):
-            yield reader.get_batch(number).column(column)
+            yield reader.get_batch(number).select(columns)
     else:
         for batch in reader:
-            yield batch.column(column)
+            yield batch.select(columns)
+
+
+def text_column(column: str) -> Choose:
+    """Chooses the one column that holds the texts, after checking it."""
+
+    def choose(schema: pyarrow.Schema, path: Path) -> list[str]:
+        check_column(schema, column, path)
+        return [column]
+
+    return choose
 
 
 def texts_of_column(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy
 from numpy.typing import NDArray
 
-from megaqwen.data.parts import DOCUMENT
+from megaqwen.data.work import DOCUMENT
 from megaqwen.data.writing import file_chunks
 
 AT_ONCE = 2**22  # documents that are sorted at once: 300 MB

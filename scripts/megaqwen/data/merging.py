@@ -6,7 +6,8 @@ does not grow with them; deduplication alone takes a byte for each document.
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy
 from numpy.typing import NDArray
 
 from megaqwen.config.sections import Corpus
+from megaqwen.data.chat import END, START
 from megaqwen.data.deduplication import first_occurrences
 from megaqwen.data.files import corpus_files
-from megaqwen.data.parts import DOCUMENT, SUFFIXES
+from megaqwen.data.parts import SUFFIXES, TARGETS, TOKENS, written_suffixes
 from megaqwen.data.readers import too_many_bad
 from megaqwen.data.statistics import length_figures, unigram_entropy
-from megaqwen.data.tokenization import DocumentTokenizer
+from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
+from megaqwen.data.work import DOCUMENT
 from megaqwen.data.writing import digested_file, file_chunks, token_type, write_index
 from megaqwen.errors import InputError
 from megaqwen.provenance import read_json, sha256_file
@@ -27,6 +30,7 @@ from megaqwen.words import counted, readable_bytes
 
 COPIED = 2**24  # bytes that are copied at once
 SAMPLE_TOKENS = 40
+SAMPLE_TOKENS_OF_CONVERSATION = 160
 SUMMED = (
     *("documents", "empty_documents", "short_documents", "bad_documents"),
     *("characters", "bytes", "tokens"),
@@ -38,7 +42,7 @@ logger = logging.getLogger("megaqwen.data")
 def merge_parts(
     corpus: Corpus, tokenizer: DocumentTokenizer, parts: Sequence[Path], directory: Path
 ) -> tuple[dict[str, Any], dict[Path, dict[str, Any]]]:
-    """Write NAME.bin and NAME.idx of a corpus from its parts' files.
+    """Write NAME.bin and NAME.idx of a corpus, and of conversations their targets, from its parts' files.
 
     Args:
         corpus: The corpus.
@@ -48,7 +52,7 @@ def merge_parts(
         directory: Where the files go.
 
     Returns:
-        The corpus's card, and bytes and digest of the two files.
+        The corpus's card, and bytes and digest of the files.
 
     Raises:
         InputError: No document has any text, or too many cannot be used.
@@ -57,27 +61,35 @@ def merge_parts(
     facts = [read_json(with_suffix(prefix, ".part.json")) for prefix in prefixes]
     totals = {name: sum(fact[name] for fact in facts) for name in SUMMED}
     check_totals(corpus, totals, facts)
-    dtype = token_type(tokenizer.vocabulary_size)
-    token_counts = sum(numpy.load(with_suffix(prefix, ".counts.npy")) for prefix in prefixes)
+    types = dict(zip(written_suffixes(tokenizer), dtypes(tokenizer), strict=False))
+    loaded = (numpy.load(with_suffix(prefix, ".counts.npy")) for prefix in prefixes)
+    token_counts = sum(map(numpy.atleast_2d, loaded))
     length_files = [with_suffix(prefix, ".lengths") for prefix in prefixes]
-    target = with_suffix(directory / corpus.name, ".bin")
     keep = None
     if corpus.deduplicate:
         keep = first_occurrences([with_suffix(prefix, ".documents") for prefix in prefixes])
+    target = directory / corpus.name
+    known = {}
     if keep is not None and not keep.all():
-        bin_facts = join_kept(prefixes, target, dtype, keep, totals, token_counts)
-    elif prefixes == [directory / corpus.name]:
-        bin_facts = facts[0]["bin"]
+        known = join_kept(prefixes, target, types, keep, totals, token_counts)
     else:
-        bin_facts = join([with_suffix(prefix, ".bin") for prefix in prefixes], target)
+        for suffix in types:
+            known[with_suffix(target, suffix)] = (
+                facts[0]["files"][suffix]
+                if prefixes == [target]
+                else join(
+                    [with_suffix(prefix, suffix) for prefix in prefixes],
+                    with_suffix(target, suffix),
+                )
+            )
 
     def lengths() -> Iterator[NDArray[numpy.int32]]:
         return kept_chunks(length_files, numpy.int32, keep)
 
     documents = totals["documents"]
-    index = with_suffix(directory / corpus.name, ".idx")
-    known = {target: bin_facts, index: write_index(index, dtype, documents, lengths)}
-    first = numpy.memmap(target, dtype, "r")[: min(SAMPLE_TOKENS, int(next(lengths())[0]))].tolist()
+    for suffix, dtype in types.items():
+        index = with_suffix(target, suffix).with_suffix(".idx")
+        known[index] = write_index(index, dtype, documents, lengths)
     card = {
         "documents": documents,
         "empty_documents_skipped": totals["empty_documents"],
@@ -88,12 +100,13 @@ def merge_parts(
         "bytes": totals["bytes"],
         "tokens": totals["tokens"],
         "tokens_per_byte": round(totals["tokens"] / totals["bytes"], 6),
-        "distinct_tokens": int(numpy.count_nonzero(token_counts)),
+        "distinct_tokens": int(numpy.count_nonzero(token_counts[0])),
+        **turn_figures(tokenizer, token_counts),
         **length_figures(documents, lengths),
-        "unigram_entropy": unigram_entropy(token_counts),
-        "dtype": dtype.name,
+        "unigram_entropy": unigram_entropy(token_counts[-1]),
+        "dtype": types[TOKENS].name,
         "engine": facts[0]["engine"],
-        "sample": tokenizer.decode(first),
+        "sample": sample_of(target, types, tokenizer, int(next(lengths())[0])),
         "sources": describe_sources(corpus, facts),
     }
     for prefix in prefixes:
@@ -102,6 +115,54 @@ def merge_parts(
                 with_suffix(prefix, suffix).unlink()
     logger.info("%s", summary(corpus.name, card))
     return card, known
+
+
+def dtypes(tokenizer: DocumentTokenizer) -> list[numpy.dtype[Any]]:
+    """The types of a token and of a target on disk."""
+    return [token_type(tokenizer.vocabulary_size), numpy.dtype(numpy.uint8)]
+
+
+def turn_figures(
+    tokenizer: DocumentTokenizer, token_counts: NDArray[numpy.int64]
+) -> dict[str, int]:
+    """Of conversations: their turns as rendered, the assistant's, and the tokens that are trained on."""
+    if not isinstance(tokenizer, ChatTokenizer):
+        return {}
+    every, targets = token_counts
+    return {
+        "turns": int(every[tokenizer.special_ids[START]]),
+        "assistant_turns": int(targets[tokenizer.special_ids[END]]),
+        "target_tokens": int(targets.sum()),
+    }
+
+
+def sample_of(
+    target: Path,
+    types: Mapping[str, numpy.dtype[Any]],
+    tokenizer: DocumentTokenizer,
+    length: int,
+) -> str | list[dict[str, Any]]:
+    """The beginning of the first document, decoded; of a conversation, in pieces that are targets or not.
+
+    Args:
+        target: The corpus's files, without the extension.
+        types: Of what is in them, by the ends of their names.
+        tokenizer: The model's.
+        length: The tokens of the first document.
+    """
+    size = min(length, SAMPLE_TOKENS if TARGETS not in types else SAMPLE_TOKENS_OF_CONVERSATION)
+    ids, *flags = (
+        numpy.memmap(with_suffix(target, suffix), dtype, "r")[:size]
+        for suffix, dtype in types.items()
+    )
+    if not flags:
+        return tokenizer.decode(ids.tolist())
+    (changes,) = numpy.nonzero(numpy.diff(flags[0]))
+    bounds = [0, *(changes + 1).tolist(), size]
+    return [
+        {"text": tokenizer.decode(ids[a:b].tolist()), "target": bool(flags[0][a])}
+        for a, b in itertools.pairwise(bounds)
+    ]
 
 
 def check_totals(corpus: Corpus, totals: dict[str, int], facts: list[dict[str, Any]]) -> None:
@@ -134,40 +195,49 @@ def join(files: Iterable[Path], target: Path) -> dict[str, Any]:
 
 
 def join_kept(
-    prefixes: Iterable[Path],
+    prefixes: Sequence[Path],
     target: Path,
-    dtype: numpy.dtype[Any],
+    types: Mapping[str, numpy.dtype[Any]],
     keep: NDArray[numpy.bool_],
     totals: dict[str, int],
     token_counts: NDArray[numpy.int64],
-) -> dict[str, Any]:
-    """`join` without the duplicates, which are taken out of what was counted.
+) -> dict[Path, dict[str, Any]]:
+    """`join` of all of a corpus's files without the duplicates, which are taken out of what was counted.
 
     Args:
         prefixes: The parts.
-        target: The corpus's .bin; it may be that of the only part.
-        dtype: Of its tokens.
+        target: The corpus's files, without the extension; they may be those of the only part.
+        types: Of what is in them, by the ends of their names.
         keep: Which documents stay, of shape [documents].
         totals: Documents, characters, bytes and tokens of all of them; changed.
-        token_counts: How often each id occurs in all of them, of shape [vocabulary]; changed.
+        token_counts: How often each id occurs, and is a target; changed.
+
+    Returns:
+        Bytes and digest of each file.
     """
-    partial = target.with_name(f".{target.name}.kept")
-    first = 0
-    with digested_file(partial) as (writer, stream):
+    partial = {suffix: target.with_name(f".{target.name}{suffix}.kept") for suffix in types}
+    with ExitStack() as files:
+        outputs = [files.enter_context(digested_file(path)) for path in partial.values()]
+        first = 0
         for prefix in prefixes:
-            with open(with_suffix(prefix, ".bin"), "rb", buffering=0) as source:
+            with ExitStack() as inputs:
+                sources = [
+                    inputs.enter_context(open(with_suffix(prefix, suffix), "rb", buffering=0))
+                    for suffix in types
+                ]
                 for lengths in file_chunks([with_suffix(prefix, ".lengths")], numpy.int32):
                     kept = keep[first : first + len(lengths)]
-                    for stays, tokens in runs(kept, lengths):
-                        for size in blocks(tokens, COPIED // dtype.itemsize):
-                            ids = numpy.fromfile(source, dtype, size)
-                            if stays:
-                                writer.write(ids.data)
-                            else:
-                                counted_ids = numpy.bincount(ids, minlength=len(token_counts))
-                                token_counts -= counted_ids
-                                totals["tokens"] -= size
                     first += len(lengths)
+                    for stays, tokens in runs(kept, lengths):
+                        for size in blocks(tokens, COPIED // types[TOKENS].itemsize):
+                            read = zip(sources, types.values(), strict=True)
+                            arrays = [numpy.fromfile(source, dtype, size) for source, dtype in read]
+                            if stays:
+                                for (writer, _), array in zip(outputs, arrays, strict=True):
+                                    writer.write(array.data)
+                            else:
+                                uncount(token_counts, *arrays)
+                                totals["tokens"] -= size
     first = 0
     for records in file_chunks(
         [with_suffix(prefix, ".documents") for prefix in prefixes], DOCUMENT
@@ -177,8 +247,22 @@ def join_kept(
         totals["bytes"] -= int(gone["bytes"].sum())
         totals["characters"] -= int(gone["characters"].sum())
         first += len(records)
-    partial.replace(target)
-    return stream.facts()
+    for suffix, path in partial.items():
+        path.replace(with_suffix(target, suffix))
+    streams = zip(types, outputs, strict=True)
+    return {with_suffix(target, suffix): stream.facts() for suffix, (_, stream) in streams}
+
+
+def uncount(
+    token_counts: NDArray[numpy.int64],
+    ids: NDArray[Any],
+    targets: NDArray[numpy.uint8] | None = None,
+) -> None:
+    """Take tokens out of what was counted."""
+    size = token_counts.shape[1]
+    token_counts[0] -= numpy.bincount(ids, minlength=size)
+    if targets is not None:
+        token_counts[1] -= numpy.bincount(ids[targets.view(numpy.bool_)], minlength=size)
 
 
 def runs(keep: NDArray[numpy.bool_], lengths: NDArray[numpy.int32]) -> Iterator[tuple[bool, int]]:

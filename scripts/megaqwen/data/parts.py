@@ -1,36 +1,33 @@
 """One shard of a corpus from text to tokens, in files that `merging` puts together.
 
-PREFIX.bin has the tokens as the corpus's .bin will have them; PREFIX.lengths each document's tokens;
-PREFIX.counts.npy how often each id occurs; PREFIX.documents, for deduplication, a digest of each text;
-PREFIX.part.json the rest. One thread reads, one writes, and several encode what lies between them.
+PREFIX.bin has the tokens as the corpus's .bin will have them; of conversations PREFIX.targets.bin which
+of them are trained on; PREFIX.lengths each document's tokens; PREFIX.counts.npy how often each id
+occurs; PREFIX.documents, for deduplication, a digest of each text; PREFIX.part.json the rest. One thread
+reads, one writes, and several encode what lies between them.
 """
 
-import hashlib
 import logging
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy
-from numpy.typing import NDArray
 
 from megaqwen.config.sections import Corpus, FilesCorpus
-from megaqwen.data import streams
-from megaqwen.data.engines import Engine, Tokens, choose_engine
+from megaqwen.data.chats import encode_conversations, sample_turns
+from megaqwen.data.documents import encode_documents
+from megaqwen.data.engines import Engine, choose_engine
 from megaqwen.data.pieces import Shard
-from megaqwen.data.readers import Intake, corpus_texts, sample_texts
-from megaqwen.data.threads import ahead, computing_threads
-from megaqwen.data.tokenization import DocumentTokenizer
-from megaqwen.data.writing import digested_file, token_type, with_ends
+from megaqwen.data.readers import Intake, sample_texts
+from megaqwen.data.threads import ahead
+from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
+from megaqwen.data.work import Counts, Encoded
+from megaqwen.data.writing import digested_file
 from megaqwen.provenance import write_json
 from megaqwen.words import readable_bytes
 
-# What deduplication knows of a document: 128 bits of its text's BLAKE2b, and its size.
-DOCUMENT = numpy.dtype([("high", "<u8"), ("low", "<u8"), ("bytes", "<i8"), ("characters", "<i8")])
+TOKENS, TARGETS = ".bin", ".targets.bin"
 SUFFIXES = (".lengths", ".counts.npy", ".documents", ".part.json")
 SECONDS_BETWEEN_REPORTS = 5.0
 COUNTED = 2**19  # tokens at once
@@ -38,63 +35,39 @@ COUNTED = 2**19  # tokens at once
 logger = logging.getLogger("megaqwen.data")
 
 
-@dataclass(kw_only=True)
-class Batch:
-    """Some documents on their way."""
-
-    texts: list[str]
-    documents: list[bytes]
-    """The texts in UTF-8."""
-    records: NDArray[Any] | None
-    """Their entries in PREFIX.documents."""
-
-
-@dataclass(kw_only=True)
-class Counts:
-    """What a part counts."""
-
-    documents: int = 0
-    empty_documents: int = 0
-    short_documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    token_counts: NDArray[numpy.int64] = field(default_factory=lambda: numpy.zeros(0, numpy.int64))
-
-
 def tokenize_part(
     corpus: Corpus, tokenizer: DocumentTokenizer, directory: Path, shard: Shard
 ) -> None:
     """Write the files of a shard of a corpus, NAME.bin and so on; see the module's docstring.
 
-    Documents of nothing but white space, or shorter than the corpus wants them, are left out and
-    counted.
+    A tokenizer with a chat template reads conversations, another one documents. Documents of nothing
+    but white space, or shorter than the corpus wants them, are left out and counted.
 
     Raises:
         InputError: A file is wrong.
     """
-    engine = choose_engine(tokenizer, corpus.name, sample_texts(corpus))
     tolerated = corpus.max_bad_documents if isinstance(corpus, FilesCorpus) else 0
     intake = Intake(corpus.name, tolerated)
-    counts = Counts(token_counts=numpy.zeros(tokenizer.vocabulary_size, numpy.int64))
+    suffixes = written_suffixes(tokenizer)
+    rows = numpy.zeros((len(suffixes), tokenizer.vocabulary_size), numpy.int64)
+    counts = Counts(token_counts=rows)
+    engine, encoded = work_on(corpus, tokenizer, intake, shard, counts)
     prefix = directory / corpus.name
-    batches = ahead(read_batches(corpus, intake, shard, counts))
-    encoded = ahead(encode_batches(batches, engine))
-    with (
-        digested_file(directory / f"{corpus.name}.bin") as (writer, stream),
-        open(f"{prefix}.lengths", "wb") as lengths,
-        open(f"{prefix}.documents", "wb") as documents,
-    ):
+    with ExitStack() as files:
+        outputs = [
+            files.enter_context(digested_file(directory / f"{corpus.name}{suffix}"))
+            for suffix in suffixes
+        ]
+        lengths = files.enter_context(open(f"{prefix}.lengths", "wb"))
+        documents = files.enter_context(open(f"{prefix}.documents", "wb"))
         progress = Progress(corpus.name, counts)
-        dtype = token_type(tokenizer.vocabulary_size)
-        for batch, tokens in encoded:
-            writer.write(
-                with_ends(tokens.ids, tokens.lengths, tokenizer.end_of_document, dtype).data
-            )
-            (tokens.lengths + 1).astype(numpy.int32).tofile(lengths)
-            if batch.records is not None:
-                batch.records.tofile(documents)
-            count(counts, batch, tokens, tokenizer.end_of_document)
+        for each in ahead(encoded):
+            for (writer, _), array in zip(outputs, each.arrays(), strict=True):
+                writer.write(array.data)
+            each.lengths.tofile(lengths)
+            if each.records is not None:
+                each.records.tofile(documents)
+            count(counts, each)
             progress.report()
     numpy.save(f"{prefix}.counts.npy", counts.token_counts)
     figures = {key: value for key, value in vars(counts).items() if key != "token_counts"}
@@ -104,66 +77,42 @@ def tokenize_part(
         "bad_named": intake.named,
         "engine": {"name": engine.name, "reason": engine.reason},
         "digests": {str(path): digest for path, digest in intake.digests.items()},
-        "bin": stream.facts(),
+        "files": {
+            suffix: stream.facts() for suffix, (_, stream) in zip(suffixes, outputs, strict=True)
+        },
     }
     write_json(directory / f"{corpus.name}.part.json", facts)
 
 
-def read_batches(corpus: Corpus, intake: Intake, shard: Shard, counts: Counts) -> Iterator[Batch]:
-    """The documents of a shard that have text enough, a few megabytes at a time."""
-    together: list[str] = []
-    characters = 0
-    for texts in corpus_texts(corpus, intake, shard):
-        kept = [text for text in texts if text and not text.isspace()]
-        long = [text for text in kept if len(text) >= corpus.min_characters]
-        counts.empty_documents += len(texts) - len(kept)
-        counts.short_documents += len(kept) - len(long)
-        together += long
-        characters += sum(map(len, long))
-        if characters >= streams.BLOCK // 2:
-            yield batch_of(together, corpus.deduplicate)
-            together, characters = [], 0
-    if together:
-        yield batch_of(together, corpus.deduplicate)
+def written_suffixes(tokenizer: DocumentTokenizer) -> list[str]:
+    """The names' ends of the files that a corpus's tokens, and targets, are in."""
+    return [TOKENS, TARGETS] if isinstance(tokenizer, ChatTokenizer) else [TOKENS]
 
 
-def batch_of(texts: list[str], deduplicate: bool) -> Batch:
-    """A batch of documents, with their entries for deduplication where that is asked for."""
-    documents = [text.encode() for text in texts]
-    records = None
-    if deduplicate:
-        digests = b"".join(hashlib.blake2b(each, digest_size=16).digest() for each in documents)
-        records = numpy.empty(len(documents), DOCUMENT)
-        records["high"], records["low"] = numpy.frombuffer(digests, "<u8").reshape(-1, 2).T
-        records["bytes"] = [len(each) for each in documents]
-        records["characters"] = [len(text) for text in texts]
-    return Batch(texts=texts, documents=documents, records=records)
+def work_on(
+    corpus: Corpus, tokenizer: DocumentTokenizer, intake: Intake, shard: Shard, counts: Counts
+) -> tuple[Engine, Iterator[Encoded]]:
+    """The engine that suits a corpus, and what it makes of the shard."""
+    if isinstance(tokenizer, ChatTokenizer):
+        engine = choose_engine(tokenizer, corpus.name, sample_turns(corpus, tokenizer))
+        return engine, encode_conversations(corpus, tokenizer, engine, intake, shard, counts)
+    engine = choose_engine(tokenizer, corpus.name, sample_texts(corpus))
+    return engine, encode_documents(corpus, tokenizer, engine, intake, shard, counts)
 
 
-def encode_batches(batches: Iterable[Batch], engine: Engine) -> Iterator[tuple[Batch, Tokens]]:
-    """Each batch with its tokens, in order: the end of one leaves no core idle, since another is on."""
-    waiting: deque[tuple[Batch, Future[Tokens]]] = deque()
-    at_once = computing_threads() + 1
-    with ThreadPoolExecutor(at_once) as pool:
-        for batch in batches:
-            waiting.append((batch, pool.submit(engine.encode, batch.texts, batch.documents)))
-            if len(waiting) == at_once:
-                first, tokens = waiting.popleft()
-                yield first, tokens.result()
-        for first, tokens in waiting:
-            yield first, tokens.result()
-
-
-def count(counts: Counts, batch: Batch, tokens: Tokens, end_of_document: int) -> None:
-    """Count a batch."""
-    size = len(counts.token_counts)
-    for first in range(0, len(tokens.ids), COUNTED):  # small enough for the processor's cache
-        counts.token_counts += numpy.bincount(tokens.ids[first : first + COUNTED], minlength=size)
-    counts.token_counts[end_of_document] += len(batch.texts)
-    counts.documents += len(batch.texts)
-    counts.characters += sum(map(len, batch.texts))
-    counts.bytes += sum(map(len, batch.documents))
-    counts.tokens += len(tokens.ids) + len(batch.texts)
+def count(counts: Counts, encoded: Encoded) -> None:
+    """Count what is written."""
+    all_of, *of_targets = counts.token_counts
+    for first in range(0, len(encoded.ids), COUNTED):  # small enough for the processor's cache
+        ids = encoded.ids[first : first + COUNTED]
+        all_of += numpy.bincount(ids, minlength=len(all_of))
+        if encoded.targets is not None:
+            chosen = ids[encoded.targets[first : first + COUNTED].view(numpy.bool_)]
+            of_targets[0] += numpy.bincount(chosen, minlength=len(all_of))
+    counts.documents += len(encoded.lengths)
+    counts.characters += encoded.characters
+    counts.bytes += encoded.bytes
+    counts.tokens += len(encoded.ids)
 
 
 class Progress:

@@ -5,7 +5,7 @@ InputError that names the file and the line or row, or is counted where the conf
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megaqwen.config.sections import BuiltinCorpus, Corpus
@@ -14,7 +14,7 @@ from megaqwen.data.builtin import builtin_documents
 from megaqwen.data.columns import arrow_texts, parquet_texts
 from megaqwen.data.pieces import WHOLE, Piece, Shard, corpus_pieces
 from megaqwen.data.records import LineParser, not_utf8
-from megaqwen.data.streams import DigestedFile, line_blocks, lines_before, open_unpacked
+from megaqwen.data.streams import DigestedFile, Lines, line_blocks, open_unpacked
 from megaqwen.errors import InputError
 from megaqwen.words import counted
 
@@ -108,35 +108,43 @@ def corpus_texts(
 
 def sample_texts(corpus: Corpus) -> list[str]:
     """The first texts at places all over a corpus, long ones cut: about a megabyte at most."""
-    texts = []
+    return list(
+        sample_of(lambda shard, size: corpus_texts(corpus, Unnoted(corpus.name), shard, size))
+    )
+
+
+def sample_of(read: Callable[[Shard, int], Iterator[list[str]]]) -> Iterator[str]:
+    """The first texts at places all over what can be read, long ones cut.
+
+    Args:
+        read: Gives the texts of a shard in lists, the first one of about so many bytes.
+    """
     for index in range(SAMPLE_PLACES):
-        shard = Shard(index=index, count=SAMPLE_PLACES)
         left = SAMPLE_CHARACTERS
-        for text in next(corpus_texts(corpus, Unnoted(corpus.name), shard, block=left), []):
-            texts.append(text[:left])
-            left -= len(texts[-1])
+        for text in next(read(Shard(index=index, count=SAMPLE_PLACES), left), []):
+            yield text[:left]
+            left -= len(text[:left])
             if not left:
                 break
-    return texts
 
 
 def jsonl_texts(piece: Piece, text_field: str, intake: Intake, size: int) -> Iterator[list[str]]:
     """One document a line: the text field of its JSON object. Blank lines are passed over."""
     parser = LineParser(text_field)
+    for lines in jsonl_lines(piece, intake, size):
+        yield parser.texts(lines.content, lines.where, intake.refuse)
+
+
+def jsonl_lines(piece: Piece, intake: Intake, size: int) -> Iterator[Lines]:
+    """Blocks of lines; the digest of a file that was read whole is noted."""
     path = piece.path
     with DigestedFile(path) as file, open_unpacked(path, file) as stream:
         number: int | None = None if piece.start else 1  # of the block's first line, when known
-        for position, block in line_blocks(stream, path, piece.start, piece.stop, size):
-
-            def where(index: int, position: int = position) -> str:
-                nonlocal number
-                if number is None:
-                    number = lines_before(path, position) + 1
-                return f"{path}:{number + index}"
-
-            yield parser.texts(block, where, intake.refuse)
-            if number is not None:
-                number += block.count(b"\n")
+        for position, content in line_blocks(stream, path, piece.start, piece.stop, size):
+            lines = Lines(path=path, position=position, content=content, first=number)
+            yield lines
+            if lines.first is not None:
+                number = lines.first + content.count(b"\n")
         if piece.whole:
             intake.digests[path] = file.digest()
 

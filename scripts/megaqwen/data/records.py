@@ -119,12 +119,12 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
     return InputError(f"{where}: not UTF-8 at these bytes: {found}. Convert the file to UTF-8")
 
 
-def choices(kind: str, names: Iterable[str], wanted: str) -> str:
+def choices(kind: str, names: Iterable[str], wanted: str, setting: str = "text_field") -> str:
     """What there is instead of what was asked for, and what was perhaps meant."""
     known = list(names)
     close = difflib.get_close_matches(wanted, known, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{kind} that it has: {', '.join(known) or 'none'}.{meant} Set text_field in the config"
+    return f"{kind} that it has: {', '.join(known) or 'none'}.{meant} Set {setting} in the config"
 
 
 def excerpt(text: str) -> str:

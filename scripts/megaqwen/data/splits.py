@@ -83,13 +83,16 @@ def check_ends(prefix: Path, end_of_document: Mapping[str, Any]) -> None:
             )
 
 
-def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[list[int]]:
+def heldout_documents(
+    prefix: Path, split: Sequence[float], count: int, *, end_of_document: bool = True
+) -> list[list[int]]:
     """Token ids of the first documents of the test share, without their end-of-document token.
 
     Args:
         prefix: Path of the corpus's .bin and .idx, without the extension.
         split: Shares for training, validation and test.
         count: How many; fewer come where the test share has fewer.
+        end_of_document: Whether documents have such a token; conversations have none.
 
     Raises:
         InputError: There are no such files.
@@ -99,4 +102,5 @@ def heldout_documents(prefix: Path, split: Sequence[float], count: int) -> list[
     existing(prefix.with_name(f"{prefix.name}.idx"), "preprocess")
     dataset = IndexedDataset(str(prefix))
     test = split_documents(len(dataset), split)[Split.test.value]
-    return [dataset[index][:-1].tolist() for index in test[:count]]
+    end = -1 if end_of_document else None
+    return [dataset[index][:end].tolist() for index in test[:count]]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import lzma
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -91,6 +92,24 @@ def open_unpacked(path: Path, file: DigestedFile) -> BinaryIO:
         kind = compression_of(path)
         raise InputError(f"{path}: 0 bytes, which is no {kind} file: get it again")
     return cast(BinaryIO, io.BufferedReader(UnpackedStream(file, path), BUFFER))
+
+
+@dataclass(kw_only=True)
+class Lines:
+    """Some whole lines of a file."""
+
+    path: Path
+    position: int
+    """Where they begin in what is unpacked, in bytes."""
+    content: bytes
+    first: int | None = None
+    """The number of the first line, from 1; None where nobody has asked for it yet."""
+
+    def where(self, index: int) -> str:
+        """Names the line with an index, from 0."""
+        if self.first is None:
+            self.first = lines_before(self.path, self.position) + 1
+        return f"{self.path}:{self.first + index}"
 
 
 def line_blocks(

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from megaqwen.data.chat import END, HEADER, START, ChatTemplate
+from megaqwen.data.conversations import Conversation
 from megaqwen.errors import InputError
 from megaqwen.provenance import read_json, sha256_file
 
@@ -109,6 +111,62 @@ class DocumentTokenizer:
                     "special token itself: mark it as special in tokenizer.json"
                 )
         return int(vocabulary[END_OF_DOCUMENT])
+
+
+class ChatTokenizer(DocumentTokenizer):
+    """A model's tokenizer with its chat template, for conversations.
+
+    A special token comes from the template alone: in a message its characters are text, as in a document.
+    """
+
+    def __init__(self, model: Path):
+        """Load it.
+
+        Raises:
+            InputError: As for documents; or there is no chat template, or one that does not render
+                turns as Qwen's do.
+        """
+        super().__init__(model)
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"{model}: its tokenizer has no chat template, which says how a conversation is"
+                " written: put the one of the model's Instruct version there, as chat_template.jinja"
+            )
+        added = self.backend.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: index for index, token in added if token.special}
+        if not {START, END} <= self.special_ids.keys():
+            raise InputError(
+                f"{model}: its vocabulary lacks the special tokens {START} and {END}, between which a"
+                " turn of a conversation stands in every Qwen model: is this a Qwen tokenizer?"
+            )
+        self.header = self.ids([HEADER])[0]
+        self.chat = ChatTemplate(
+            template=self.tokenizer.get_chat_template(),
+            tools_template=self.tokenizer.get_chat_template(tools=[{}]),
+            variables=dict(self.tokenizer.special_tokens_map),
+            special_ids=self.special_ids,
+        )
+        said = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
+        try:
+            self.chat.spans(Conversation(messages=said))
+        except InputError as error:
+            raise InputError(
+                f"{model}: its chat template cannot be trained with: {error}"
+            ) from error
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of rows of token ids, special tokens included."""
+        return list(self.backend.decode_batch([*map(list, rows)], skip_special_tokens=False))
+
+    def normalized(self, text: str) -> str:
+        """A text as the tokenizer changes it before it splits it: Qwen's composes characters (NFC)."""
+        normalizer = self.backend.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest keeps: as for documents, and the end of a turn."""
+        turn = {"token": END, "id": self.special_ids[END]}
+        return {**super().describe(), "end_of_turn": turn}
 
 
 def load_tokenizer(model: Path) -> Any:

@@ -8,14 +8,14 @@ from megaqwen.config.sections import Corpus
 from megaqwen.data.merging import merge_parts
 from megaqwen.data.parts import tokenize_part
 from megaqwen.data.pieces import WHOLE
-from megaqwen.data.tokenization import DocumentTokenizer
+from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
 from megaqwen.provenance import describe_files, write_json
 
 
 def tokenize_corpora(
     corpora: Sequence[Corpus], tokenizer: DocumentTokenizer, directory: Path, shards: Sequence[Path]
 ) -> dict[str, Any]:
-    """Write NAME.bin and NAME.idx of each corpus, and card.json.
+    """Write NAME.bin and NAME.idx of each corpus, of conversations their targets, and card.json.
 
     Args:
         corpora: The corpora.
@@ -31,7 +31,8 @@ def tokenize_corpora(
     for corpus in corpora:
         cards[corpus.name], written = tokenize_corpus(corpus, tokenizer, directory, shards)
         known |= written
-    card = {"tokenizer": tokenizer.describe(), "corpora": cards}
+    kind = "sft" if isinstance(tokenizer, ChatTokenizer) else "pretrain"
+    card = {"kind": kind, "tokenizer": tokenizer.describe(), "corpora": cards}
     files = describe_files(directory, known)
     write_json(directory / "card.json", card)
     return {**card, "files": files}

@@ -18,7 +18,11 @@ from megaqwen.provenance import DigestingStream
 
 HEADER = b"MMIDIDX\x00\x00"
 VERSION = 1
-TYPE_CODES = {numpy.dtype(numpy.int32): 4, numpy.dtype(numpy.uint16): 8}
+TYPE_CODES = {
+    numpy.dtype(numpy.uint8): 1,
+    numpy.dtype(numpy.int32): 4,
+    numpy.dtype(numpy.uint16): 8,
+}
 LARGEST_VOCABULARY_OF_2_BYTES = 65_500
 BUFFER = 2**20
 ENTRIES = 2**20  # of an index that are worked on at once

@@ -1,10 +1,13 @@
-"""Samples of held-out text, packed by Megatron's dataset builder exactly as training packs them.
+"""Samples of held-out text, drawn by Megatron's dataset builder exactly as training draws them.
+
+A sample of pretraining is a run of text, one of SFT a pack of conversations, each for itself.
 
 Call `cpu_emulation.install` before this is imported.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from megaqwen.config import Config
 from megaqwen.config.blends import EVAL_ITERS, corpus_weights
+from megaqwen.training.conversations import build_conversations
 from megaqwen.training.datasets import build_datasets, run_corpora, use_compiled_helpers
 
 SETS = {"validation": 1, "test": 2}
@@ -32,11 +36,24 @@ class Sample:
     """[positions] the id after each."""
     mask: Tensor
     """[positions] 1 where the label is a target, in float64."""
+    positions: Tensor
+    """[positions] from 0 in each of the texts that it holds: none of them attends to another."""
 
-    def cut(self, positions: int) -> "Sample":
-        """Its beginning."""
-        parts = {name: getattr(self, name)[:positions] for name in ("tokens", "labels", "mask")}
-        return Sample(index=self.index, **parts)
+    def part(self, begin: int, end: int) -> "Sample":
+        """Some of its positions, neighbours."""
+        names = ("tokens", "labels", "mask", "positions")
+        return Sample(index=self.index, **{name: getattr(self, name)[begin:end] for name in names})
+
+    def beginning(self, positions: int) -> "Sample":
+        """Its first positions, as many more as it takes to have a target."""
+        first = int(self.mask.nonzero()[0])
+        return self.part(0, max(positions, first + 1))
+
+    def texts(self) -> list["Sample"]:
+        """Each text with a target by itself: what pads a pack of conversations has none."""
+        starts = (self.positions == 0).nonzero().flatten().tolist()
+        texts = (self.part(*bounds) for bounds in pairwise([*starts, len(self.positions)]))
+        return [text for text in texts if text.mask.any()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +141,11 @@ def heldout_samples(
     wanted[SETS[evaluated.kind]] = evaluated.drawn
     with TemporaryDirectory() as cache:
         corpora = run_corpora(config, data, made, vocabulary, Path(cache))
-        dataset = build_datasets(corpora, wanted, length)[SETS[evaluated.kind]]
+        if config.data.kind == "sft":
+            datasets = build_conversations(corpora, wanted, length, config.data.too_long)
+        else:
+            datasets = build_datasets(corpora, wanted, length)
+        dataset = datasets[SETS[evaluated.kind]]
         every = range(evaluated.first_sample, evaluated.first_sample + evaluated.samples)
         kept = [index for index in every if str(index) in evaluated.losses]
         if affordable >= evaluated.samples * length:
@@ -133,13 +154,12 @@ def heldout_samples(
             chosen = (kept or every)[: max(1, int(affordable // length))]
         samples = [sample_of(index, dataset[index]) for index in chosen]
     if affordable < length:
-        samples = [samples[0].cut(max(2, int(affordable)))]
+        samples = [samples[0].beginning(max(2, int(affordable)))]
     return samples
 
 
 def sample_of(index: int, item: Mapping[str, Any]) -> Sample:
     """A sample from what Megatron's dataset gives."""
-    tokens, labels, mask = (
-        torch.as_tensor(item[name]) for name in ("tokens", "labels", "loss_mask")
-    )
-    return Sample(index=index, tokens=tokens, labels=labels, mask=mask.double())
+    parts = {name: torch.as_tensor(item[name]) for name in ("tokens", "labels")}
+    mask = torch.as_tensor(item["loss_mask"]).double()
+    return Sample(index=index, **parts, mask=mask, positions=torch.as_tensor(item["position_ids"]))

@@ -36,6 +36,7 @@ from megaqwen.parity.texts import (
     tokenized_texts,
 )
 from megaqwen.parity.walk import EXACT, OTHER, REFERENCE, Layers, Walk, walk
+from megaqwen.training.preflight import check_kind
 from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
 from megaqwen.weights.bridge import checked_model
 from megaqwen.words import duration
@@ -115,6 +116,8 @@ def measure(
         seconds[name] = time.perf_counter() - started
         return result
 
+    if made is not None:
+        check_kind(made, config.data.kind)
     weights, _ = checked_model(model)
     described = megatron_options(weights.config)
     del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens

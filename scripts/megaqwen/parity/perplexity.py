@@ -148,19 +148,20 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
 @torch.no_grad()
 def token_losses(model: Layers, samples: Sequence[Sample]) -> Tensor:
     """[targets] cross entropy in nats, in float64, of the targets of all samples in their order."""
-    hidden = model.embed([sample.tokens for sample in samples])
+    texts = [text for sample in samples for text in sample.texts()]
+    hidden = model.embed([text.tokens for text in texts])
     for index in range(model.layers):
         hidden, _ = model.layer(index, hidden)
     found = []
     with model.head() as (norm, logits):
-        for sample, states in zip(samples, hidden, strict=True):
+        for text, states in zip(texts, hidden, strict=True):
             normed = norm(states)
             for start in range(0, len(normed), POSITIONS_AT_ONCE):
                 run = slice(start, start + POSITIONS_AT_ONCE)
                 rows = logits(normed[run]).double()
-                labels = sample.labels[run, None]
+                labels = text.labels[run, None]
                 losses = rows.logsumexp(dim=-1) - rows.gather(1, labels)[:, 0]
-                found.append(losses[sample.mask[run] > 0])
+                found.append(losses[text.mask[run] > 0])
     return torch.cat(found)
 
 

@@ -1,4 +1,7 @@
-"""The texts whose logits are compared: the config's, a chat, and documents held out from training."""
+"""The texts whose logits are compared: the config's, a chat, and documents held out from training.
+
+What is held out from SFT are conversations as the chat template renders them.
+"""
 
 import time
 from collections.abc import Mapping
@@ -52,7 +55,10 @@ def tokenized_texts(
     wanted, joined = config.parity.held_out_documents, []
     for corpus in config.data.corpora if wanted else []:
         split = corpus_split(config.data, corpus)
-        documents = heldout_documents(data / corpus.name, split, max(wanted, JOINED))
+        pretraining = config.data.kind == "pretrain"
+        documents = heldout_documents(
+            data / corpus.name, split, max(wanted, JOINED), end_of_document=pretraining
+        )
         texts |= {
             f"{corpus.name} {number}": document
             for number, document in enumerate(documents[:wanted], 1)

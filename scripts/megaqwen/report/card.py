@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from megaqwen.config import Config
-from megaqwen.report.pages import Manifest, by_stage, nats
+from megaqwen.report.pages import Manifest, by_stage, nats, trained_tokens
 
 
 def model_card(config: Config, manifests: Sequence[Manifest]) -> str:
@@ -48,7 +48,7 @@ def model_card(config: Config, manifests: Sequence[Manifest]) -> str:
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {config.run}",
-        f"{base_model(source)}, trained further with Megatron-Core on {train['tokens']:,} tokens"
+        f"{base_model(source)}, trained further with Megatron-Core on {trained_tokens(train)}"
         f" ({train['iteration']:,} iterations). The weights are those of {export['checkpoint']}.",
         "## Data",
         table(("corpus", "documents", "tokens", "epochs"), corpora),

@@ -15,6 +15,10 @@ HISTOGRAM = """<h3>{{ name }}: documents by their tokens</h3>
 ></div></td></tr>
 {% endfor %}</table>
 """
+CONVERSATION = """<h3>{{ name }}: its first conversation, what is trained on marked</h3>
+<pre>{% for piece in card.sample %}{% if piece.target %}<mark>{{ piece.text }}</mark>{% else -%}
+{{ piece.text }}{% endif %}{% endfor %}</pre>
+"""
 
 
 def data_section(manifests: Sequence[Manifest]) -> str:
@@ -33,14 +37,49 @@ def data_section(manifests: Sequence[Manifest]) -> str:
             for split, facts in card["drawn"].items()
         ],
     )
+    packed = [
+        (name, *packed_row(split, facts))
+        for name, card in corpora.items()
+        for split, facts in card["drawn"].items()
+        if "packs" in facts
+    ]
+    if packed:
+        columns = ("corpus", "for", "packs", "filled", "target tokens", "truncated", "left out")
+        drawn += table(columns, packed)
     histograms = [
         histogram(name, card["length_histogram"])
         for name, card in corpora.items()
         if "length_histogram" in card
     ]
-    samples = [(name, card["sample"]) for name, card in corpora.items() if "sample" in card]
+    samples = [
+        (name, card["sample"])
+        for name, card in corpora.items()
+        if isinstance(card.get("sample"), str)
+    ]
     beginnings = table(("corpus", "its first tokens, decoded"), samples) if samples else ""
-    return counts + drawn + "".join(histograms) + beginnings
+    return counts + turns(corpora) + drawn + "".join(histograms) + beginnings
+
+
+def turns(corpora: Mapping[str, Mapping[str, Any]]) -> str:
+    """What of conversations is trained on, and the first one of each corpus with its targets marked."""
+    chats = {name: card for name, card in corpora.items() if "target_tokens" in card}
+    if not chats:
+        return ""
+    header = ("corpus", "turns", "of the assistant", "target tokens", "of all tokens")
+    rows = [
+        (
+            name,
+            f"{card['turns']:,}",
+            f"{card['assistant_turns']:,}",
+            f"{card['target_tokens']:,}",
+            f"{card['target_tokens'] / card['tokens']:.1%}",
+        )
+        for name, card in chats.items()
+    ]
+    samples = [
+        ENVIRONMENT.from_string(CONVERSATION).render(name=n, card=c) for n, c in chats.items()
+    ]
+    return table(header, rows) + "".join(samples)
 
 
 def data_card(manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -56,6 +95,13 @@ def split_row(split: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
     purpose = dict(zip(SPLITS, PURPOSES, strict=True))[split]
     counts = (f"{facts[name]:,}" for name in ("documents", "tokens", "samples"))
     return (purpose, *counts, f"{facts['epochs']:.3g}")
+
+
+def packed_row(split: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a corpus's conversations were packed for one split; left out are those that are too long."""
+    purpose = dict(zip(SPLITS, PURPOSES, strict=True))[split]
+    counts = (f"{facts[name]:,}" for name in ("target_tokens", "truncated", "dropped"))
+    return (purpose, f"{facts['packs']:,}", f"{facts['packing_efficiency']:.2%}", *counts)
 
 
 def row(name: str, card: Mapping[str, Any]) -> tuple[str, ...]:

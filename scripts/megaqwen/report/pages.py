@@ -78,7 +78,7 @@ def summary_table(manifests: Sequence[Manifest]) -> str:
                 "data",
                 ", ".join(f"{key}: {item['tokens']:,} tokens" for key, item in corpora.items()),
             ),
-            ("trained on", f"{train['tokens']:,} tokens in {train['iteration']} iterations"),
+            ("trained on", f"{trained_tokens(train)} in {train['iteration']} iterations"),
             ("ranks", train["world_size"]),
             ("loss", f"{train['first_loss']:.4f} at first, {train['last_loss']:.4f} at last"),
             ("validation loss", nats(train["validation_loss"])),
@@ -88,6 +88,13 @@ def summary_table(manifests: Sequence[Manifest]) -> str:
             ("parity after export", stages["parity_export"]["results"]["verdict"]),
         ],
     )
+
+
+def trained_tokens(train: Mapping[str, Any]) -> str:
+    """The tokens of a training, in SFT with those that counted in the loss."""
+    tokens = f"{train['tokens']:,} tokens"
+    targets = train.get("target_tokens")
+    return tokens if targets is None else f"{tokens} ({targets:,} of them targets)"
 
 
 def nats(loss: float | None) -> str:

@@ -64,6 +64,9 @@ def training_options(
         "create_attention_mask_in_dataloader": False,
         "exit_signal_handler": True,
     }
+    if config.data.kind == "sft":
+        # Gradients are averaged over target tokens, of which micro batches and ranks have unlike numbers.
+        managed["calculate_per_token_loss"] = True
     architecture = megatron_options(hf_config, chosen.get("tensor_model_parallel_size", 1))
     options = {
         # Megatron divides by it, whether or not it evaluates.

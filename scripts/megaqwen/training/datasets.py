@@ -102,6 +102,16 @@ class BlendConfig(GPTDatasetConfig):
     spare_samples: int = 0
     """How many samples more than its part of the blend each corpus has."""
 
+    def share(
+        self, dataset_path: str | None, indices: NDArray[Any], index_split: Split
+    ) -> NDArray[Any]:
+        """The documents of a split, of those that Megatron's builder hands over."""
+        if not self.corpus_splits:
+            return indices
+        split = self.corpus_splits[str(dataset_path)]
+        part = split_documents(len(indices), split)[index_split.value]
+        return indices[part.start : part.stop]
+
 
 class CorpusShare(GPTDataset):
     """The training, validation or test share of a corpus.
@@ -121,14 +131,9 @@ class CorpusShare(GPTDataset):
         config: BlendConfig,
     ):
         """Take the share of `index_split`; the arguments are those of Megatron's datasets."""
-        if config.corpus_splits:
-            split = config.corpus_splits[str(dataset_path)]
-            share = split_documents(len(indexed_indices), split)[index_split.value]
-            indexed_indices = indexed_indices[share.start : share.stop]
+        share = config.share(dataset_path, indexed_indices, index_split)
         wanted = num_samples + config.spare_samples
-        super().__init__(
-            indexed_dataset, dataset_path, indexed_indices, wanted, index_split, config
-        )
+        super().__init__(indexed_dataset, dataset_path, share, wanted, index_split, config)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -136,7 +141,9 @@ class CorpusShare(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "corpus_splits"]
 
 
-def dataset_config(corpora: Corpora, sequence_length: int) -> BlendConfig:
+def dataset_config(
+    corpora: Corpora, sequence_length: int, make: Callable[..., BlendConfig] = BlendConfig
+) -> BlendConfig:
     """What Megatron's datasets are built by; `sequence_length` is the tokens of a sample."""
     prefixes = [str(prefix) for prefix in corpora.prefixes]
     common: dict[str, Any] = {
@@ -152,10 +159,10 @@ def dataset_config(corpora: Corpora, sequence_length: int) -> BlendConfig:
     }
     if corpora.alike():
         blend = (prefixes, [max(weights) for weights in corpora.weights])
-        return BlendConfig(blend=blend, split=split_argument(corpora.splits[0]), **common)
+        return make(blend=blend, split=split_argument(corpora.splits[0]), **common)
     splits = {prefix: list(split) for prefix, split in zip(prefixes, corpora.splits, strict=True)}
     blends = [blend_of(prefixes, column) for column in zip(*corpora.weights, strict=True)]
-    return BlendConfig(blend_per_split=blends, corpus_splits=splits, **common)
+    return make(blend_per_split=blends, corpus_splits=splits, **common)
 
 
 def blend_of(

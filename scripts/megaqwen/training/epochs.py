@@ -1,6 +1,7 @@
 """How often a run goes through each corpus: in training, and in all its validations and its test."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy
@@ -8,6 +9,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megaqwen.config.sections import SPLITS
 from megaqwen.data.splits import split_documents
+from megaqwen.training.conversation_packs import stored_packs
+from megaqwen.training.conversations import ConversationFiles
 from megaqwen.training.datasets import Corpora
 
 Planned = dict[str, dict[str, dict[str, Any]]]
@@ -46,5 +49,43 @@ def epochs(
                     "samples": round(drawn),
                     "epochs": drawn * sequence_length / tokens,
                 }
+        found.append(facts)
+    return found
+
+
+def conversation_epochs(
+    corpora: Corpora, samples: Sequence[int], sequence_length: int, too_long: str
+) -> list[dict[str, dict[str, Any]]]:
+    """`epochs` of conversations in packs, with how they were packed; an epoch is all packs once.
+
+    Args:
+        corpora: The run's.
+        samples: How many the run takes of the training, validation and test split.
+        sequence_length: Positions of a sample.
+        too_long: data.too_long.
+    """
+    totals = [sum(column) for column in zip(*corpora.weights, strict=True)]
+    found = []
+    for prefix, weights, split in zip(
+        corpora.prefixes, corpora.weights, corpora.splits, strict=True
+    ):
+        files = ConversationFiles(prefix)
+        parts = split_documents(len(files), split)
+        facts = {}
+        for name, part, weight, total, wanted in zip(
+            SPLITS, parts, weights, totals, samples, strict=True
+        ):
+            if weight and wanted:
+                packs = stored_packs(
+                    files,
+                    part,
+                    sequence_length,
+                    too_long=too_long,
+                    seed=corpora.seed,
+                    cache=corpora.cache,
+                )
+                drawn = wanted * weight / total
+                counts = {"samples": round(drawn), "epochs": drawn / len(packs)}
+                facts[name] = {**asdict(packs.facts), **counts}
         found.append(facts)
     return found

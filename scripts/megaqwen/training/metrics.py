@@ -21,6 +21,7 @@ NAMES = {
     "lm loss": "loss",
     "learning-rate": "learning_rate",
     "grad-norm": "gradient_norm",
+    "target tokens": "target_tokens",  # of the global batch, in SFT
 }
 EVALUATION = "lm loss validation"
 EVALUATED = ("validation_loss", "test_loss")
@@ -102,6 +103,8 @@ class MetricsWriter:
         if iteration > self.first_iteration + 1:
             self.timed.append(seconds)
         tokens_per_second = self.tokens_per_iteration / seconds
+        if "target_tokens" in self.pending:
+            self.pending["target_tokens"] = round(self.pending["target_tokens"])
         record = {
             "iteration": iteration,
             **self.pending,

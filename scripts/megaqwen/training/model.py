@@ -22,6 +22,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megaqwen.training.fused_attention import fuse_attention_input
 from megaqwen.training.fused_kernels import use_fused_loss
+from megaqwen.training.packed_attention import PackedDotProductAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -53,7 +54,7 @@ def replace_norms(spec: Any, visited: set[int] | None = None) -> None:
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder's block spec: Transformer Engine's layers, or local ones with our norm."""
+    """The decoder's block spec: Transformer Engine's layers, or local ones with what they lack."""
     transformer = config.transformer
     spec = get_gpt_decoder_block_spec(
         transformer,
@@ -64,6 +65,7 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpe
     if transformer.transformer_impl == "local":
         replace_norms(spec)
         for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
             keep_expert_norm_key(layer)
         return spec
     for layer in spec.layer_specs:

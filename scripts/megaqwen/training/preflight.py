@@ -44,6 +44,7 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     hf_config = read_json(existing(arguments.model / "config.json", "download"))
     data = read_json(existing(arguments.data / "manifest.json", "preprocess"))
+    check_kind(data["results"], config.data.kind)
     check_tokenizer(data["results"]["tokenizer"], arguments.model, arguments.data)
     existing(arguments.checkpoint / "latest_checkpointed_iteration.txt", "convert")
     mistakes = check_model_fits(config, hf_config, world_size)
@@ -79,3 +80,18 @@ def check_tokenizer(tokenizer: Mapping[str, Any], model: Path, data: Path) -> No
                 "its ids, and its ends of documents, would mean something else. Run preprocess with "
                 "this model"
             )
+
+
+def check_kind(made: Mapping[str, Any], kind: str) -> None:
+    """InputError where the data was preprocessed as another kind than the config's.
+
+    Args:
+        made: The results in preprocess's manifest; one from before there were kinds names none.
+        kind: data.kind.
+    """
+    found = made.get("kind", "pretrain")
+    if found != kind:
+        raise InputError(
+            f"the data was preprocessed as data.kind {found}, and the config has data.kind {kind}: run"
+            " preprocess with this config, or give --data what it made"
+        )

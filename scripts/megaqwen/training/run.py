@@ -29,18 +29,20 @@ from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import async_saving, cpu_checkpoints, fused_kernels, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
+from megaqwen.training.conversations import check_conversations, conversation_provider
 from megaqwen.training.datasets import (
     Corpora,
     dataset_provider,
     run_corpora,
     use_compiled_helpers,
 )
-from megaqwen.training.epochs import Planned, epochs
+from megaqwen.training.epochs import Planned, conversation_epochs, epochs
 from megaqwen.training.evaluation import Evaluations, read_evaluations
 from megaqwen.training.forward import forward_step
 from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
+from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
 
 logger = logging.getLogger("megaqwen.training")
@@ -85,12 +87,20 @@ def pretrain_run(run: TrainingRun) -> None:
         cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
     watch_metrics(run, resumed)
     say_start(run, arguments, resumed)
-    provider = dataset_provider(corpora(run))
-    say_epochs(planned_epochs(run))
-    container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
+    model = model_config(arguments)
+    if run.config.data.kind == "sft":
+        step: Any = PackedForwardStep(model.transformer, arguments)
+        too_long = run.config.data.too_long
+        provider = conversation_provider(
+            corpora(run), too_long, lambda: say_epochs(planned_epochs(run))
+        )
+    else:
+        step, provider = forward_step, dataset_provider(corpora(run))
+        say_epochs(planned_epochs(run))
+    container = pretrain_cfg_container_from_args(arguments, model)
     try:
         with memory_advice(arguments.micro_batch_size):
-            pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+            pretrain(container, provider, ModelType.encoder_or_decoder, step)
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
@@ -115,7 +125,7 @@ def validated_arguments() -> Namespace:
 
 
 def check_data(run: TrainingRun) -> None:
-    """InputError where a share of a corpus is empty, or its documents do not end as it says."""
+    """InputError where a share of a corpus is empty, or its documents are not what training takes."""
     data, cards = run.config.data, run.data["corpora"]
     check_shares(
         {
@@ -124,7 +134,11 @@ def check_data(run: TrainingRun) -> None:
         }
     )
     for corpus in data.corpora:
-        check_ends(run.data_directory / corpus.name, run.data["tokenizer"]["end_of_document"])
+        prefix = run.data_directory / corpus.name
+        if data.kind == "sft":
+            check_conversations(prefix, run.config)
+        else:
+            check_ends(prefix, run.data["tokenizer"]["end_of_document"])
 
 
 def corpora(run: TrainingRun) -> Corpora:
@@ -246,6 +260,7 @@ def finish(run: TrainingRun) -> None:
         "test_loss": test[-1] if test else None,
         "evaluations": read_evaluations(run.checkpoints),
         "unigram_entropy": entropy,
+        **target_tokens(run, records),
         "data": planned_epochs(run),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -270,8 +285,21 @@ def planned_epochs(run: TrainingRun) -> Planned:
     """How often the whole run goes through each corpus."""
     names = [corpus.name for corpus in run.config.data.corpora]
     arguments = get_args()
-    samples = get_train_valid_test_num_samples()
-    return dict(zip(names, epochs(corpora(run), samples, arguments.seq_length), strict=True))
+    samples, size = get_train_valid_test_num_samples(), arguments.seq_length
+    if run.config.data.kind == "sft":
+        facts = conversation_epochs(corpora(run), samples, size, run.config.data.too_long)
+    else:
+        facts = epochs(corpora(run), samples, size)
+    return dict(zip(names, facts, strict=True))
+
+
+def target_tokens(run: TrainingRun, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of SFT, how many tokens counted in the loss; None where not every iteration's record tells."""
+    if run.config.data.kind == "pretrain":
+        return {}
+    counts = [record.get("target_tokens") for record in records if "seconds" in record]
+    known = len(counts) == get_args().train_iters and None not in counts
+    return {"target_tokens": sum(filter(None, counts)) if known else None}
 
 
 def say_epochs(planned: Planned) -> None:
@@ -282,6 +310,15 @@ def say_epochs(planned: Planned) -> None:
             logger.info(
                 "%s: %s epochs of %s tokens", name, f"{facts['epochs']:.3g}", f"{facts['tokens']:,}"
             )
+            if "packs" in facts:
+                logger.info(
+                    "%s: %s target tokens of %s conversations in %s packs, %.2f%% full; too long: %s"
+                    " truncated, %s left out",
+                    name,
+                    *(f"{facts[key]:,}" for key in ("target_tokens", "documents", "packs")),
+                    100 * facts["packing_efficiency"],
+                    *(f"{facts[key]:,}" for key in ("truncated", "dropped")),
+                )
 
 
 def unigram_entropy(run: TrainingRun) -> float:

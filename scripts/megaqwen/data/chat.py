@@ -1,0 +1,239 @@
+"""A conversation rendered by the model's own chat template, and which parts of it are trained on.
+
+What is trained on are the assistant's turns: all that the template writes after `<|im_start|>assistant`
+and its newline, which is what generation is prompted with, up to `<|im_end|>`, which is trained on too.
+So thinking blocks and tool calls are trained on as the template renders them; where Qwen3's leaves the
+thinking of earlier turns out, it is in no target.
+
+Turns are told by the special tokens that the template itself writes. The same characters in a message
+are kept apart from them: before rendering, a character that Unicode keeps out of texts is put into them,
+and taken out afterwards. So they end no turn, and become no special token.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megaqwen.data.conversations import REASONING, Conversation, Message
+from megaqwen.data.records import usable
+from megaqwen.errors import InputError
+
+START, END = "<|im_start|>", "<|im_end|>"
+HEADER = "assistant\n"
+NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
+SHAPES = 10_000  # of conversations that are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of a rendered conversation."""
+
+    text: str
+    """A special token's own text, or text between two of them."""
+    special: bool = False
+    target: bool = False
+    """Whether it is trained on."""
+
+
+@dataclass(kw_only=True)
+class ChatTemplate:
+    """A model's chat template with what it needs; it can be sent to other processes."""
+
+    template: str
+    tools_template: str
+    """For conversations with tools; most models have one template for both."""
+    variables: dict[str, Any]
+    """Special tokens by their roles, such as eos_token, which templates may use."""
+    special_ids: dict[str, int]
+    """The vocabulary's special tokens: none of them comes out of a message."""
+    shapes: set[Any] = field(default_factory=set)
+    """Of conversations for which the template was seen to write the assistant's words, and nothing
+    else of theirs, where they are looked for."""
+
+    def spans(self, conversation: Conversation) -> list[Span]:
+        """The conversation as the template renders it, cut at special tokens and at targets.
+
+        Raises:
+            InputError: The template refuses it, or does not render it in turns as Qwen's do.
+        """
+        messages: Any = conversation.messages
+        tools: Any = conversation.tools
+        tokens = any_of(tuple(self.special_ids))
+        break_up = None
+        if holds([messages, tools], lambda text: tokens.search(text) is not None):
+            break_up = unused_character([messages, tools])
+            guard = functools.partial(broken, tokens=tokens, character=break_up)
+            messages, tools = with_texts(messages, guard), with_texts(tools, guard)
+        text = usable(self.render(messages, tools), "as rendered")
+        spans = cut(text, tokens)
+        said = [message for message in messages if message["role"] == "assistant"]
+        self.check_turns(spans, said)
+        self.check_shape(messages, tools, spans)
+        if break_up is None:
+            return spans
+        if f"\\u{ord(break_up):04x}" in text.lower():
+            raise InputError(
+                "a message has the characters of a special token, and the chat template"
+                " writes them as escapes: leave the conversation out"
+            )
+        return [Span(span.text.replace(break_up, ""), span.special, span.target) for span in spans]
+
+    def render(self, messages: Sequence[Message], tools: Any) -> str:
+        """What `apply_chat_template` of the model's tokenizer gives."""
+        template = self.tools_template if tools else self.template
+        try:
+            rendered: Any = render_jinja_template(
+                [list(messages)], tools=tools, chat_template=template, **self.variables
+            )
+        except Exception as error:  # the template's own, and any that its expressions end in
+            raise InputError(f"the model's chat template refuses it: {error}") from error
+        return str(rendered[0][0])
+
+    def check_turns(self, spans: Sequence[Span], said: Sequence[Message]) -> None:
+        """InputError unless each of the assistant's messages is a turn that has its words."""
+        turns = targets(spans)
+        if len(turns) != len(said):
+            raise InputError(
+                f"the model's chat template renders {len(turns)} turns of the assistant for"
+                f" {len(said)} messages: as {START}{HEADER!r} is expected, one for each"
+            )
+        for number, (turn, message) in enumerate(zip(turns, said, strict=True), start=1):
+            for words in own_words(message):
+                if words not in turn:
+                    raise InputError(
+                        f"the assistant's turn {number} as the model's chat template renders it"
+                        f" lacks its words {words[:60]!r}"
+                    )
+
+    def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
+        """InputError unless only targets change, and in the right turns, when the assistant's words do.
+
+        It is seen by rendering the conversation again with other words, once for each sequence of
+        roles, tool calls and reasoning: a template does not look at the words themselves.
+        """
+        shape = (bool(tools), *map(message_shape, messages))
+        if shape in self.shapes:
+            return
+        others: list[Message] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                message = {"role": "assistant", "content": f"Words {len(others)} of the assistant."}
+            others.append(message)
+        rendered = cut(self.render(others, tools), any_of(tuple(self.special_ids)))
+        same = [s for s in spans if not s.target] == [s for s in rendered if not s.target]
+        words = [message["content"] for message in others if message["role"] == "assistant"]
+        turns = targets(rendered)
+        placed = len(turns) == len(words) and all(
+            turn.removesuffix(END).endswith(word) and turn.count("Words ") == 1
+            for turn, word in zip(turns, words, strict=True)
+        )
+        if not same or not placed:
+            raise InputError(
+                "the model's chat template writes what the assistant says outside of its"
+                " turns, so that it cannot be told what is to be trained on"
+            )
+        if len(self.shapes) < SHAPES:
+            self.shapes.add(shape)
+
+
+def cut(text: str, tokens: re.Pattern[str]) -> list[Span]:
+    """A rendered conversation in spans: its turns are told by START and END."""
+    spans: list[Span] = []
+    turn: str | None = None  # "" after START, then whose turn it is
+    for number, piece in enumerate(tokens.split(text)):
+        special = number % 2 == 1
+        if special and piece == (START if turn is not None else END):
+            raise InputError("the model's chat template renders turns that do not end")
+        mine = turn == "assistant"
+        if special and piece == START:
+            spans.append(Span(piece, special=True))
+            turn = ""
+        elif special:
+            spans.append(Span(piece, special=True, target=mine))
+            turn = None if piece == END else turn
+        elif turn == "" and piece.startswith(HEADER):
+            spans.append(Span(HEADER))
+            if body := piece.removeprefix(HEADER):
+                spans.append(Span(body, target=True))
+            turn = "assistant"
+        elif piece:
+            spans.append(Span(piece, target=mine))
+            turn = "other" if turn == "" else turn
+    if turn is not None:
+        raise InputError("the model's chat template renders turns that do not end")
+    return spans
+
+
+def targets(spans: Sequence[Span]) -> list[str]:
+    """The assistant's turns, each with its end."""
+    turns, turn = [], ""
+    for span in spans:
+        if span.target:
+            turn += span.text
+            if span.special and span.text == END:
+                turns.append(turn)
+                turn = ""
+    return turns
+
+
+def own_words(message: Message) -> list[str]:
+    """What of a message stands in its turn whatever the template: not its thinking, nor white space."""
+    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    return [message["content"].split("</think>")[-1].strip(), *calls]
+
+
+def message_shape(message: Message) -> tuple[Any, ...]:
+    """What of a message a template looks at besides its words."""
+    content = message["content"]
+    return (
+        message["role"],
+        bool(content),
+        "</think>" in content,
+        content.startswith("<tool_response>") and content.endswith("</tool_response>"),
+        len(message.get("tool_calls", ())),
+        *(name in message for name in REASONING),
+    )
+
+
+@functools.cache
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """A pattern that splits a text at tokens and keeps them."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def broken(text: str, tokens: re.Pattern[str], character: str) -> str:
+    """A text in which no token stands any more."""
+    return tokens.sub(lambda found: f"{found[0][:1]}{character}{found[0][1:]}", text)
+
+
+def unused_character(value: Any) -> str:
+    """A character that no text of a value has."""
+    text = json.dumps(value, ensure_ascii=False)
+    for character in NONCHARACTERS:
+        if character not in text:
+            return character
+    raise InputError("it has every one of Unicode's noncharacters: leave it out")
+
+
+def holds(value: Any, test: Callable[[str], bool]) -> bool:
+    """Whether a text anywhere in a value passes a test."""
+    if isinstance(value, str):
+        return test(value)
+    if isinstance(value, Mapping):
+        return any(holds(key, test) or holds(each, test) for key, each in value.items())
+    return isinstance(value, list) and any(holds(each, test) for each in value)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): with_texts(each, change) for key, each in value.items()}
+    return [with_texts(each, change) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,61 @@
+"""The shipped experiment for SFT, as it stands, through the whole DAG."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import Checkout, copy_repository
+
+from megaqwen.training.metrics import read_metrics
+
+WORDS = ("all", "--configfile", "config/experiments/sft.yaml")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path) -> Checkout:
+    """A clone in which there is a model where the default run exports one, and what tunes it."""
+    checkout = copy_repository(tmp_path_factory.mktemp("sft"))
+    exported = checkout.directory / "results" / "runs" / "default" / "export" / "hf"
+    shutil.copytree(tiny_qwen3, exported)
+    done = checkout.snakemake("--profile", "local", *WORDS)
+    assert done.returncode == 0, done.stdout
+    return checkout
+
+
+def results(checkout: Checkout, name: str) -> Any:
+    """A file of the run."""
+    run = checkout.directory / "results" / "runs" / "sft"
+    return json.loads((run / name).read_text(encoding="utf-8"))
+
+
+def test_training_learns(checkout: Checkout) -> None:
+    train = results(checkout, "train/manifest.json")["results"]
+    assert train["last_loss"] < train["first_loss"] - 1
+    assert train["test_loss"] is not None
+    metrics = checkout.directory / "results/runs/sft/train" / train["metrics"]
+    counts = [each["target_tokens"] for each in read_metrics(metrics) if "seconds" in each]
+    assert len(counts) == 40
+    assert train["target_tokens"] == sum(counts) < train["tokens"]
+
+
+def test_the_gates_compare_chats(checkout: Checkout) -> None:
+    verdict = results(checkout, "export/parity.json")["results"]
+    assert verdict["verdict"] == "passed"
+    assert "chat" in json.dumps(verdict)
+    assert "python-questions 1" in json.dumps(verdict)
+
+
+def test_the_report_tells_targets_and_packing(checkout: Checkout) -> None:
+    card = results(checkout, "report/data.json")["corpora"]["python-questions"]
+    facts = card["drawn"]["train"]
+    assert 0 < facts["target_tokens"] < facts["tokens"]
+    page = (checkout.directory / "results/runs/sft/report/report.html").read_text(encoding="utf-8")
+    assert f"{facts['packing_efficiency']:.2%}" in page
+
+
+def test_nothing_is_left_to_do(checkout: Checkout) -> None:
+    assert checkout.plan(*WORDS) == set()
