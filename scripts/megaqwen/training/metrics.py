@@ -247,5 +247,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         kind = next((name for name in APART if name in record), "loss")
+        kind = record.get("alarm", kind)  # an iteration can have several
         records[record["iteration"], kind] = record
     return [records[key] for key in sorted(records)]
