@@ -4,12 +4,14 @@ import time
 
 from megaqwen.config import load_config
 from megaqwen.config.checks import check_model_fits
+from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.data.files import corpus_files
-from megaqwen.environment import put_this_python_first
+from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
+from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
 
 try:
@@ -28,6 +30,9 @@ RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
 put_this_python_first()
+STATE = Path(".snakemake")
+if workflow.is_main_process and (words := remove_stale_lock(STATE)):
+    logger.info(words)
 
 
 def stage_command(script):
@@ -51,9 +56,11 @@ def launch_command(wildcards, resources):
     if hf_config and isinstance(resources.get("nodes"), int):
         world_size = resources.nodes * resources.ranks_per_node
         mistakes = check_model_fits(CONFIG, hf_config, world_size)
+        if resources.get("launcher") == "torchrun" and not has_gpu():
+            mistakes += map(str, cpu_mistakes(CONFIG.train))
         if mistakes:
             raise WorkflowError("this training does not fit:", *mistakes)
-    return f"python {SCRIPTS / 'launch.py'}"
+    return f"python {SCRIPTS / 'launch.py'} --verify {CONFIG.checkpoints.verify}"
 
 
 def corpora_files(wildcards):
@@ -97,9 +104,15 @@ def ranks_needed(wildcards):
     return ranks
 
 
+def try_number(wildcards, attempt):
+    """Which of Snakemake's tries of a job this is: retries stop where they get nowhere."""
+    return attempt
+
+
 def store_resolved_config():
     """Keep the config that the run was made with, beside its results, where the stages read it."""
     write_text(RUN_CONFIG, resolved_yaml(CONFIG))
+    record_running(STATE)
     LAYOUT.store_shard_count(len(gather.shards("{scatteritem}")))
 
 

@@ -18,6 +18,7 @@ rule train:
         ranks_per_node=ranks_needed,
         gpus_per_node=0,
         launcher="torchrun",
+        try_number=try_number,
     params:
         launch=launch_command,
         command=rank_command,
@@ -33,5 +34,6 @@ rule train:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
         " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads} --log {log}"
-        " --checkpoints {params.checkpoints} {params.command} --model {params.model}"
+        " --checkpoints {params.checkpoints} --try-number {resources.try_number}"
+        " {params.command} --model {params.model}"
         " --checkpoint {params.checkpoint} --data {params.data} --output {params.directory}"

@@ -7,37 +7,48 @@
 Each rank writes to LOG.rankN.log and the launcher itself to LOG; the terminal shows what the last rank
 says. --dry-run prints the command. Exits as the ranks do.
 
-SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the ranks: the running iteration is finished and saved first.
-A second one ends them at once. No rank outlives this command, which exits with 128 plus the signal.
+With --checkpoints DIRECTORY no second start writes there while this one does (lease.json), ranks find its
+newest whole checkpoint there (damaged ones are set aside), and attempts.jsonl tells what each start did.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the ranks: the running iteration is finished and saved first. So
+does the end of the Snakemake that started it. A second signal ends them at once. No rank outlives this
+command, which exits with 128 plus the signal.
 """
 
 import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from megaqwen.checkpoints import newest_finished, prepare
+from megaqwen.console import EXIT_BAD_INPUT
+from megaqwen.errors import InputError, is_disk_full
+from megaqwen.training import attempts
 from megaqwen.training.launch import Launch
-from megaqwen.training.supervise import Ranks
+from megaqwen.training.lease import Lease, leased
+from megaqwen.training.logs import LaunchLog
+from megaqwen.training.supervise import Ranks, stop_with_snakemake
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How the ranks ended."""
+
+    code: int
+    """The exit status."""
+    signal: str | None
+    """The first signal that asked to stop."""
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--ranks-per-node", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=0)
-    parser.add_argument("--cpus-per-rank", type=int, default=1)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--checkpoints", type=Path, help="where they save, to say what was kept")
-    parser.add_argument("--dry-run", action="store_true", help="print the command only")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
-    arguments = parser.parse_args()
+    options = parser()
+    arguments = options.parse_args()
     if arguments.launcher == "torchrun" and arguments.nodes > 1:
-        parser.error("torchrun starts ranks on this machine alone: --nodes 1, or --launcher srun")
+        options.error("torchrun starts ranks on this machine alone: --nodes 1, or --launcher srun")
     launch = Launch(
         nodes=arguments.nodes,
         ranks_per_node=arguments.ranks_per_node,
@@ -50,48 +61,113 @@ def main() -> int:
         sys.stdout.write(shlex.join(command) + "\n")
         return 0
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.cpus_per_rank)}
+    log = LaunchLog(path=arguments.log)
+    stop_with_snakemake()
+    try:
+        if arguments.checkpoints:
+            return attempt(arguments, command, log)
+        return run_ranks(arguments, command, {}, log).code
+    except InputError as error:
+        log.say(f"error: {error}", "ERROR")
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        log.say(f"error: the disk is full ({error}): free some space, and run it again", "ERROR")
+    return EXIT_BAD_INPUT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
+    options.add_argument("--nodes", type=int, default=1)
+    options.add_argument("--ranks-per-node", type=int, default=1)
+    options.add_argument("--gpus-per-node", type=int, default=0)
+    options.add_argument("--cpus-per-rank", type=int, default=1)
+    options.add_argument("--log", type=Path, required=True)
+    options.add_argument("--checkpoints", type=Path, help="where they save")
+    options.add_argument(
+        "--verify",
+        choices=("checksums", "sizes"),
+        default="checksums",
+        help="what a checkpoint is checked by before it is resumed from",
+    )
+    options.add_argument(
+        "--try-number",
+        type=int,
+        default=1,
+        help="above 1, a scheduler's retry: refused where the last two attempts got nowhere",
+    )
+    options.add_argument("--dry-run", action="store_true", help="print the command only")
+    options.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
+    return options
+
+
+def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -> int:
+    """Run the ranks as the only ones that write to the checkpoints, and record what became of it."""
+    directory = arguments.checkpoints
+    lease = Lease(directory=directory, say=log.say)
+    with leased(lease) as environment:
+        prepared = prepare(directory, arguments.verify)
+        for text in prepared.said:
+            log.say(text)
+        record = attempts.next_attempt(
+            directory,
+            resumed=prepared.iteration,
+            ranks=arguments.nodes * arguments.ranks_per_node,
+            log=arguments.log,
+        )
+        if arguments.try_number > 1:
+            attempts.check_progress(directory, record)
+        attempts.record_start(directory, record)
+        ended = run_ranks(arguments, command, environment, log, lease)
+        reason = "finished" if not ended.code else ended.signal or log.reason()
+        attempts.record_end(
+            directory,
+            record,
+            reached=newest_finished(directory),
+            reason=reason,
+            failed=bool(ended.code) and not ended.signal,
+        )
+    if ended.code and ended.signal:
+        log.say(f"interrupted; {what_was_kept(directory)}")
+    return ended.code
+
+
+def run_ranks(
+    arguments: argparse.Namespace,
+    command: list[str],
+    environment: Mapping[str, str],
+    log: LaunchLog,
+    lease: Lease | None = None,
+) -> Ended:
+    """Start the ranks and wait for the last of them."""
+    threads = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank)}
+    log.start()
     # The launchers' own words (a traceback of torchrun for each failure) go to the log.
-    with open(arguments.log, "a", encoding="utf-8") as log:
+    with open(arguments.log, "a", encoding="utf-8") as stream:
         ranks = Ranks(
             command,
             hands_on_signals=arguments.launcher == "srun",
-            say=say,
-            stderr=log,
-            env=environment,
+            say=log.say,
+            stderr=stream,
+            env={**os.environ, **threads, **environment},
         )
+        if lease:
+            lease.lost = ranks.kill
         code = ranks.wait()
-    if code and ranks.signal:
-        say(f"interrupted; {what_was_kept(arguments.checkpoints)}")
-    elif code:
-        show_failure(arguments.log)
-    return code
+    if code and not ranks.signal:
+        log.say_failure()
+    return Ended(code=code, signal=ranks.signal.name if ranks.signal else None)
 
 
-def say(text: str) -> None:
-    """Write a line to the terminal."""
-    sys.stderr.write(f"  {text}\n")
-
-
-def what_was_kept(checkpoints: Path | None) -> str:
+def what_was_kept(checkpoints: Path) -> str:
     """Where the same command goes on."""
-    tracker = checkpoints / "latest_checkpointed_iteration.txt" if checkpoints else None
-    if tracker and tracker.is_file():
-        return f"the same command goes on after iteration {tracker.read_text().strip()}"
+    if iteration := newest_finished(checkpoints):
+        return f"the same command goes on after iteration {iteration}"
     return "no checkpoint was saved yet: the same command starts again"
-
-
-def show_failure(log: Path) -> None:
-    """Say which rank failed and with what, unless the last one has said it on the terminal."""
-    errors = {}
-    for path in sorted(log.parent.glob(f"{log.name}.rank*.log")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [line for line in lines if " ERROR " in line]
-        errors[path] = found[-1].split(" ERROR ", 1)[1] if found else ""
-    if errors and not list(errors.values())[-1]:
-        for path, error in errors.items():
-            say(f"{path.name}: {error or 'ended without a message'}")
-    say(f"logs of the ranks: {log}.rank*.log")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,16 @@ def report(arguments: argparse.Namespace) -> None:
     manifests = [read_json(existing(path, "all")) for path in arguments.manifests]
 
     from megaqwen.report import figures, pages
+    from megaqwen.report.attempts import attempts_section
     from megaqwen.report.card import model_card
     from megaqwen.report.data import data_card, data_section
     from megaqwen.report.verification import as_yaml, verification
+    from megaqwen.training.attempts import read_attempts
     from megaqwen.training.metrics import read_metrics
 
     train = next(item for item in manifests if item["stage"] == "train")
-    records = read_metrics(arguments.run / "train" / train["results"]["metrics"])
+    metrics = arguments.run / "train" / train["results"]["metrics"]
+    records, attempts = read_metrics(metrics), read_attempts(metrics.parent)
     text = resolved_yaml(config)
     parity = pages.parity_tables(manifests)
     versions = pages.versions_table(manifests)
@@ -58,6 +61,7 @@ def report(arguments: argparse.Namespace) -> None:
             ("Summary", pages.summary_table(manifests)),
             ("Loss", loss),
             ("Learning rate, gradient norm, throughput", rates),
+            ("Starts of the training", attempts_section(attempts, records)),
             ("Data", data_section(manifests)),
             ("Parity", parity),
             *((f"Parity after {crossing}", figure) for crossing, figure in drawn.items()),

@@ -5,6 +5,8 @@ Started once for each rank, by torchrun or by srun (scripts/launch.py does eithe
     torchrun --nproc-per-node 2 scripts/train.py --config results/runs/default/config.yaml \\
         --model HF_DIRECTORY --checkpoint MEGATRON_CHECKPOINT --data DATA_DIRECTORY --output DIRECTORY
 
+launch.py also keeps two starts from writing to one place and sets damaged checkpoints aside.
+
 The first start takes its weights from --checkpoint; later ones resume from DIRECTORY/checkpoints/DIGEST,
 named after the config of training, which gets metrics.jsonl and tensorboard/ too. When the last one
 is saved, DIRECTORY gets manifest.json.

@@ -82,11 +82,11 @@ class Workspace:
         """The words after launch.py that train, or resume, in the directory `name`."""
         output = self.directory / name
         config = self.config(name, options)
-        digest = Layout(config=load_config(config)).stage_digest("train")
+        checkpoints = output / "checkpoints" / Layout(config=load_config(config)).checkpoints.name
         words = (
             *("--launcher", "torchrun", "--ranks-per-node", ranks),
             *("--log", self.directory / f"{name}.log"),
-            *("--checkpoints", output / "checkpoints" / digest, ROOT / "scripts" / "train.py"),
+            *("--checkpoints", checkpoints, ROOT / "scripts" / "train.py"),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),
             *("--data", self.data, "--output", output),

@@ -10,6 +10,12 @@ def put_this_python_first() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 
 
+def has_gpu() -> bool:
+    """Whether torch would find a GPU on this machine, without importing it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible != "" and Path("/proc/driver/nvidia/version").exists()
+
+
 def use_huge_pages() -> None:
     """Have torch, not yet imported, ask for huge pages: large tensors cost few page faults."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

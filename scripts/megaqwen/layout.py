@@ -22,10 +22,21 @@ RECIPE = {
     "preprocess": 2,
     "gate": 2,
     "parity": 4,
-    "train": 1,
+    "train": 2,
     "export": 1,
     "report": 3,
 }
+
+
+# How a training is shared out among ranks. Megatron's checkpoints load under any of it, so that a stopped
+# training goes on under another. (The two optimizers save differently.)
+LAYOUT_OPTIONS = """
+    tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
+    microbatch_group_size_per_vp_stage pipeline_model_parallel_layout
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
+    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,7 @@ class Layout:
         for corpus in data["corpora"]:  # what is drawn from the tokens, not the tokens
             for field in ("weight", "valid_weight", "test_weight", "split"):
                 del corpus[field]
-        del data["shards"]  # how it is done, not what comes out
+        del data["shards"], config["checkpoints"], config["tracking"]  # how, not what comes out
         too_long = forget_other_kind(data)
         match stage:
             case "download":
@@ -151,8 +162,13 @@ class Layout:
 
     @cached_property
     def checkpoints(self) -> Path:
-        """Training's checkpoints: another config, model or corpus never resumes from them."""
-        return self.run / "train" / "checkpoints" / self.stage_digest("train")
+        """Training's checkpoints: another config, model or corpus never resumes from them.
+
+        Another parallel layout does: it computes the same, but for the order of sums.
+        """
+        config = self.stage_config("train")
+        train = {k: v for k, v in config["train"].items() if k not in LAYOUT_OPTIONS.split()}
+        return self.run / "train" / "checkpoints" / digest({**config, "train": train})
 
 
 def forget_other_kind(data: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def end_last_line(file: Path) -> None:
+    """End a line that a kill cut short, so that the next one does not become part of it."""
+    if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write("\n")
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name; it takes its real name when the block ends well.

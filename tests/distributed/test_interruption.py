@@ -4,19 +4,25 @@ What scripts/launch.py does with a signal is tried on ranks that do nothing but 
 in seconds; that Megatron then saves and resumes, on a real training.
 """
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from commands import ROOT
 from megaqwen.provenance import read_json
+from megaqwen.training.attempts import KILLED, read_attempts
+from megaqwen.training.lease import this_process
 from workspace import TRACKER, Workspace, losses
 
 RANK = """
@@ -42,6 +48,16 @@ time.sleep(600)
 """
 
 
+FAST_HEARTBEAT = """
+import sys
+sys.path.insert(0, "{scripts}")
+import launch
+from megaqwen.training import lease
+launch.Lease = lambda **settings: lease.Lease(heartbeat_seconds={seconds}, **settings)
+sys.exit(launch.main())
+"""
+
+
 def eventually(true: Callable[[], object], seconds: float, process: subprocess.Popen[str]) -> None:
     """Wait until `true` is; fail when that takes long or the process has ended."""
     end = time.monotonic() + seconds
@@ -50,23 +66,50 @@ def eventually(true: Callable[[], object], seconds: float, process: subprocess.P
         time.sleep(0.05)
 
 
+def launch(
+    directory: Path, *command: object, through: str = "", heartbeat: float | None = None
+) -> subprocess.Popen[str]:
+    """scripts/launch.py over two ranks.
+
+    Args:
+        directory: For the checkpoints and the log.
+        command: What each rank runs.
+        through: Another program's name, which starts a shell that starts it.
+        heartbeat: Seconds between signs of life, where not the usual ones.
+    """
+    words: list[object] = [sys.executable, ROOT / "scripts" / "launch.py"]
+    if heartbeat:
+        script = directory / "launch_fast.py"
+        script.write_text(FAST_HEARTBEAT.format(scripts=ROOT / "scripts", seconds=heartbeat))
+        words = [sys.executable, script]
+    words += ["--ranks-per-node", "2", "--checkpoints", directory, "--log", directory / "log"]
+    words += command
+    if through:
+        script = directory / through
+        line = shlex.join(map(str, words))
+        script.write_text(
+            f"import subprocess\nsubprocess.run(['bash', '-c', {line!r} + '; true'])\n"
+        )
+        words = [sys.executable, script]
+    return subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
+
+
+def done(directory: Path) -> Path:
+    """What ranks run that have nothing to do."""
+    script = directory / "done.py"
+    script.write_text("")
+    return script
+
+
 class Started:
     """scripts/launch.py over two ranks that record what happens to them."""
 
-    def __init__(self, directory: Path, needs_seconds: float = 0.0):
+    def __init__(self, directory: Path, needs_seconds: float = 0.0, **settings: Any):
         self.directory = directory
         script = directory / "rank.py"
         script.write_text(RANK)
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, ROOT / "scripts" / "launch.py", "--ranks-per-node", "2"),
-                *("--checkpoints", directory, "--log", directory / "log"),
-                *(script, directory, str(needs_seconds)),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        eventually(lambda: len(self.all("started")) == 2, 120, self.process)
+        self.process = launch(directory, script, directory, needs_seconds, **settings)
+        eventually(lambda: len(list(filter(None, self.all("started")))) == 2, 120, self.process)
         pids = [int(text) for name in ("started", "reader") for text in self.all(name)]
         self.below = [psutil.Process(pid) for pid in pids]
 
@@ -82,7 +125,7 @@ class Started:
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     made: list[Started] = []
 
-    def make(**settings: float) -> Started:
+    def make(**settings: Any) -> Started:
         made.append(Started(tmp_path, **settings))
         return made[-1]
 
@@ -96,13 +139,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_every_rank_save(start: Callable[..., Started], name: str) -> None:
     started = start()
-    (started.directory / TRACKER).write_text("7\n")
+    saved = started.directory / "iter_0000007"
+    saved.mkdir()
+    for file in (".metadata", "metadata.json"):
+        (saved / file).touch()
     started.process.send_signal(signal.Signals[name])
     _, said = started.process.communicate(timeout=60)
     assert started.alive() == []
     assert len(started.all("saved")) == 2  # each while its reader was there
     assert started.process.returncode == 128 + signal.Signals[name]
     assert "interrupted; the same command goes on after iteration 7" in said
+    assert not (started.directory / "lease.json").exists()
+    (attempt,) = read_attempts(started.directory)
+    assert (attempt.reached, attempt.reason, attempt.failed) == (7, name, False)
 
 
 def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
@@ -118,12 +167,52 @@ def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
 
 
 def test_the_ranks_of_a_killed_launcher_end(start: Callable[..., Started]) -> None:
+    """The next start waits for them, takes the lease over and knows that the first was killed."""
+    started = start(needs_seconds=3)
+    started.process.kill()
+    second = launch(started.directory, done(started.directory))
+    _, said = second.communicate(timeout=120)
+    assert started.alive() == []
+    assert len(started.all("asked")) == 2  # torchrun ends their readers as well
+    assert second.returncode == 0, said
+    assert "waiting for what an earlier start left running" in said
+    assert "taking over from process" in said and "whose process is gone" in said
+    assert [each.reason for each in read_attempts(started.directory)] == [KILLED, "finished"]
+
+
+def test_a_second_start_is_refused_while_the_first_lives(start: Callable[..., Started]) -> None:
     started = start()
+    second = launch(started.directory, done(started.directory))
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"in use: process {started.process.pid} on" in said
+    assert "last sign of life" in said
+    assert len(started.alive()) == 4
+    assert len(read_attempts(started.directory)) == 1
+
+
+def test_ranks_save_and_end_when_snakemake_is_killed(start: Callable[..., Started]) -> None:
+    started = start(through="snakemake")
     started.process.kill()
     end = time.monotonic() + 60
-    while started.alive():
+    while started.alive() or (started.directory / "lease.json").exists():
         assert time.monotonic() < end, started.alive()
         time.sleep(0.05)
+    assert len(started.all("saved")) == 2
+    assert [each.reason for each in read_attempts(started.directory)] == ["SIGTERM"]
+
+
+def test_a_start_whose_lease_is_taken_ends_without_saving(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    started = start(heartbeat=0.2)
+    taken = replace(this_process(), token="of-another-host")
+    (tmp_path / "lease.json").write_text(json.dumps(vars(taken)))
+    _, said = started.process.communicate(timeout=60)
+    assert started.alive() == []
+    assert started.all("asked") == []
+    assert "was taken over by" in said
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == "of-another-host"
 
 
 @pytest.mark.slow

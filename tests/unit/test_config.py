@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 from megaqwen.config import ConfigError, load_config, merge_overlay, validate_config
 from megaqwen.config.checks import check_model_fits
+from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.managed_options import BY_GROUP, BY_PREFIX, REASON_BY_NAME, reason_not_to_set
 from megaqwen.config.megatron_options import (
     WrongValue,
@@ -44,6 +45,13 @@ TRAIN = {
     "lr_warmup_iters": 6,
     "bf16": False,
     "save_interval": 30,
+}
+
+SELECTIVE = {"recompute_granularity": "selective"}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
 }
 
 
@@ -123,11 +131,22 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
         ),
         ({"recompute_granularity": "full"}, "recompute_granularity", "needs train.recompute_meth"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1 is allowed"),
+        ({"recompute_modules": ["mlp"]}, "recompute_modules", "needs train.recompute_granularity"),
+        ({**SELECTIVE, "recompute_modules": ["mla_up_proj"]}, "recompute_modules", "core_attn, la"),
+        ({**SELECTIVE, "recompute_modules": ["moe_act"]}, "recompute_modules", "moe_grouped_gemm"),
+        ({**FULL, "recompute_modules": ["mlp"]}, "recompute_modules", "full recomputes whole"),
+        (
+            {**FULL, "distribute_saved_activations": True},
+            "distribute_saved_activations",
+            "cannot be set together with train.sequence_parallel",
+        ),
         # Of the tiny model, whose shape is known without files:
         ({"seq_length": 2048}, "seq_length", "max_position_embeddings 1024"),
         ({"tensor_model_parallel_size": 4}, "tensor_model_parallel_size", "6 attention heads"),
         ({"pipeline_model_parallel_size": 3}, "pipeline_model_parallel_size", "4 layers are not"),
         ({"expert_model_parallel_size": 2}, "expert_model_parallel_size", "no experts"),
+        ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size", "no experts"),
+        ({**SELECTIVE, "recompute_modules": ["moe"]}, "recompute_modules", "no experts"),
     ],
 )
 def test_values_that_do_not_go_together(
@@ -135,6 +154,18 @@ def test_values_that_do_not_go_together(
 ) -> None:
     found = mistakes(with_train(values, **options))
     assert any(line.startswith(f"train.{where}: ") and text in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "text"),
+    [(0, 60, "keep_last 0 keeps all"), (2, 70, "train.save_interval 30: 60 or 90 would be")],
+)
+def test_checkpoints_that_would_not_be_kept(
+    values: dict[str, Any], keep_last: int, keep_every: int, text: str
+) -> None:
+    kept = {**values["checkpoints"], "keep_last": keep_last, "keep_every": keep_every}
+    (line,) = mistakes({**values, "checkpoints": kept})
+    assert line.startswith(f"checkpoints.keep_every: {keep_every} is") and text in line
 
 
 def test_names_of_corpora_differ(values: dict[str, Any]) -> None:
@@ -239,6 +270,8 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("full_validation", True, "eval_iters says how much"),
         ("eod_mask_loss", True, "text joined by end-of-document tokens"),
         ("ckpt_format", "torch", "written and resumed as torch_dist"),
+        ("wandb_project", "qwen", "the `tracking` section"),
+        ("save_retain_interval", 60, "checkpoints.keep_every and keep_last"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),
         ("train_samples", 8, "use train_iters"),
     ],
@@ -468,3 +501,45 @@ def test_loading_is_light() -> None:
         check=True,
     )
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "text"),
+    [
+        ({"context_parallel_size": 2}, "context_parallel_size", "Transformer Engine's alone"),
+        ({"fp8": "hybrid"}, "fp8", "Transformer Engine's"),
+        ({"fp16": True}, "fp16", "use bf16"),
+        ({**SELECTIVE, "recompute_modules": ["mlp", "layernorm"]}, "recompute_modules", "alone"),
+        ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type", "use alltoall"),
+        ({"attention_backend": "flash"}, "attention_backend", "kernel for GPUs"),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "overlap_p2p_comm": False,
+            },
+            "overlap_p2p_comm",
+            "wrong gradients over gloo",
+        ),
+    ],
+)
+def test_what_a_machine_without_a_gpu_cannot_do(
+    options: dict[str, Any], where: str, text: str
+) -> None:
+    """Of each the reason is said before a rank starts: some of it would run, and be wrong."""
+    (mistake,) = map(str, cpu_mistakes({**TRAIN, **options}))
+    assert mistake.startswith(f"train.{where}: ") and text in mistake
+    assert "this machine has no GPU" in mistake
+
+
+def test_what_it_can_do_is_not_refused() -> None:
+    allowed = {
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 2,
+        "context_parallel_size": 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "attention_backend": "auto",
+        "bf16": True,
+        **SELECTIVE,
+    }
+    assert cpu_mistakes({**TRAIN, **allowed}) == []

@@ -41,7 +41,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def writer(
-    file: Path, iterations: int = 10, first_iteration: int = 0, terminal: Any = None
+    file: Path,
+    iterations: int = 10,
+    first_iteration: int = 0,
+    terminal: Any = None,
+    **settings: Any,
 ) -> MetricsWriter:
     return MetricsWriter(
         TensorBoard(),
@@ -51,6 +55,7 @@ def writer(
         tokens_per_iteration=1000,
         ranks=4,
         first_iteration=first_iteration,
+        **settings,
     )
 
 
@@ -89,6 +94,59 @@ def test_a_record_has_its_iterations_figures(tmp_path: Path, clock: list[float])
             "tokens_per_second_per_rank": 125.0,
         }
     ]
+
+
+def test_arithmetic_memory_and_waits_are_recorded(tmp_path: Path, clock: list[float]) -> None:
+    """4 ranks at 125 tokens/s of 8 TFLOP each: 1000 TFLOP/s, of a device that promises 2000."""
+    file = tmp_path / "metrics.jsonl"
+    ours = writer(file, flops_per_token=8e12, peak_tflops=2000.0, memory=lambda: 77)
+    clock[0] += 2.0
+    ours.end_iteration(1, {"data_wait_seconds": 0.5, "straggler_rank": 3})
+    (record,) = read_metrics(file)
+    assert (record["tflops_per_rank"], record["mfu"], record["memory_bytes"]) == (1000.0, 0.5, 77)
+    assert (record["data_wait_seconds"], record["straggler_rank"]) == (0.5, 3)
+    assert "MFU 50.0%" in ours.terminal.getvalue()  # type: ignore[attr-defined]
+    tags = {values[0] for values in ours.tensorboard.scalars}
+    assert {"mfu", "tflops-per-rank", "data-wait-seconds"} <= tags
+
+
+def test_a_save_stall_is_no_iterations_time(tmp_path: Path, clock: list[float]) -> None:
+    file = tmp_path / "metrics.jsonl"
+    ours = writer(file)
+    iterate(ours, clock, 1, 1.0)
+    clock[0] += 30
+    ours.end_save(1, 30.0)
+    iterate(ours, clock, 2, 1.0)
+    first, save, second = read_metrics(file)
+    assert (first["seconds"], second["seconds"]) == (1.0, 1.0)
+    assert save == {"iteration": 1, "save_seconds": 30.0}
+
+
+def test_alarms_are_kept_and_said(
+    tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    ours = writer(file)
+    iterate(ours, clock, 1, 1.0)
+    clock[0] += 1
+    ours.add_scalar("lm loss", float("nan"), 2)
+    with caplog.at_level("WARNING", logger="megaqwen.training"):
+        ours.end_iteration(2)
+    assert "ALARM after iteration 2: the loss is nan" in caplog.text
+    assert {"iteration": 2, "alarm": "the loss is nan"} in read_metrics(file)
+
+
+def test_time_left_is_recorded_once_it_is_known(tmp_path: Path, clock: list[float]) -> None:
+    file = tmp_path / "metrics.jsonl"
+    ours = writer(file)
+    for iteration in range(1, 6):
+        iterate(ours, clock, iteration, 2.0)
+    assert [row.get("seconds_left") for row in read_metrics(file)] == [None, None, None, 12.0, 10.0]
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, clock: list[float]) -> None:
+    ours = writer(tmp_path / "metrics.jsonl", terminal=Terminal())
+    assert "█" * 6 + "░" * 14 + " iteration 3/10" in iterate(ours, clock, 3, 1.0)
 
 
 def test_everything_reaches_megatrons_own_writer(tmp_path: Path, clock: list[float]) -> None:

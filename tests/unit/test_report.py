@@ -14,8 +14,10 @@ import yaml
 from commands import options, run_script, write_config
 from megaqwen.config import Config, load_config
 from megaqwen.provenance import StageRecord, read_json
+from megaqwen.report.attempts import attempts_section
 from megaqwen.report.card import model_card
 from megaqwen.report.data import turns
+from megaqwen.training.attempts import KILLED, Attempt, next_attempt, record_end, record_start
 
 MODEL = 'models/<b onclick="alert(1)">Qwen & sons</b>'
 TEXT = "</pre><script>alert(2)</script>"
@@ -146,6 +148,9 @@ class Run:
         metrics = directory / "train" / RESULTS["train"]["metrics"]
         metrics.parent.mkdir(parents=True)
         metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        attempt = next_attempt(metrics.parent, resumed=0, ranks=2, log=directory / "train.log")
+        record_start(metrics.parent, attempt)
+        record_end(metrics.parent, attempt, reached=5, reason="finished", failed=False)
         return cls(directory)
 
     def report(self) -> str:
@@ -241,6 +246,8 @@ def test_the_page_has_the_runs_figures(page: Page) -> None:
         *(["0", "0", "passed"], ["1.93e-06", "0.0001", "passed"]),
     ]
     assert [row[0] for row in page.rows if len(row) == 7] == ["stage", *RESULTS]
+    (start,) = (row for row in page.rows if row[-1] == "finished")
+    assert start[:4] == ["1", "from 1", "5, to 5", "2"]
     assert ["torch", "2.11.0"] in [[row[0], row[1].partition("+")[0]] for row in page.rows[-20:]]
 
 
@@ -392,3 +399,34 @@ def test_conversations_have_their_targets_marked() -> None:
     assert "<mark>It &lt;i&gt;is&lt;/i&gt;.&lt;|im_end|&gt;</mark></pre>" in found
     assert "Is &lt;b&gt;it&lt;/b&gt;?<mark>" in found and "25.0%" in found and "texts" not in found
     assert turns({"texts": {"tokens": 5}}) == ""
+
+
+def start(number: int, resumed: int, **ended: Any) -> Attempt:
+    return Attempt(
+        number=number,
+        resumed=resumed,
+        ranks=2,
+        host="node7",
+        slurm_job_id=None if number == 1 else "77",
+        code={"commit": "0123456789abcdef", "modified": False},
+        log="logs/train.log",
+        started="2026-01-02T23:59:00Z",
+        **ended,
+    )
+
+
+def test_each_start_of_the_training_is_told_and_its_alarms() -> None:
+    starts = [
+        start(1, 0),  # killed: the next one found what it had saved
+        start(2, 4, ended="2026-01-03T00:02:05Z", reached=4, reason="<no> memory"),
+        start(3, 4, ended="2026-01-03T00:00:00Z", reached=6, reason="finished", failed=False),
+    ]
+    alarms = [{"iteration": 5, "alarm": "the loss is nan"}, {"iteration": 5, "loss": 2.0}]
+    page = Page(attempts_section(starts, alarms))
+    _, first, second, third, _, alarm = page.rows
+    when, commit = "2026-01-02T23:59:00Z", "0123456789"
+    assert first == ["1", "from 1", "4, to 4", "2", "node7", when, "", commit, KILLED]
+    job = "node7, Slurm job 77"
+    assert second == ["2", "from 5", "0, to 4", "2", job, when, "3m05s", commit, "<no> memory"]
+    assert third[1:3] == ["from 5", "2, to 6"] and third[-1] == "finished"
+    assert alarm == ["5", "the loss is nan"]

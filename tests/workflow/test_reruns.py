@@ -87,6 +87,8 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
         section("parity", texts=["Another text."]) | section("train", lr=0.004),
         {"parity_convert", *TRAIN},
     ),
+    "which checkpoints stay": (section("checkpoints", keep_last=2, verify="sizes"), set()),
+    "where curves go": (section("tracking", wandb_project="qwen"), set()),
     "the export's dtype": (section("export", dtype="bfloat16"), EXPORT),
     "the export's shard size": (section("export", max_shard_gigabytes=1.0), EXPORT),
     "the run's name": ({"run": "another"}, ANOTHER_RUN),

@@ -8,6 +8,7 @@ from megaqwen.config.mistakes import Mistake, listed
 from megaqwen.config.sections import Config
 
 UNEVEN = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+OF_EXPERTS = {"moe", "moe_act", "shared_experts"}  # modules that are recomputed
 FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
@@ -119,9 +120,15 @@ def expert_mistakes(train: Train, hf_config: Mapping[str, Any]) -> Found:
     name = "expert_model_parallel_size"
     size = train.get(name, 1)
     experts = hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0
-    if size > 1 and not experts:
-        yield name, f"{size} is given, but the model has no experts: leave it out"
-    elif experts and experts % size:
+    if not experts:
+        for option in (name, "expert_tensor_parallel_size"):
+            if train.get(option, 1) > 1:
+                text = f"{train[option]} is given, but the model has no experts: leave it out"
+                yield option, text
+        for module in sorted(OF_EXPERTS & set(train.get("recompute_modules") or [])):
+            text = f"{module} is given, but the model has no experts: leave it out"
+            yield "recompute_modules", text
+    elif experts % size:
         sizes = listed([each for each in range(1, experts + 1) if experts % each == 0])
         yield (
             name,
@@ -150,10 +157,14 @@ def rank_mistakes(train: Train, world_size: int) -> Iterator[tuple[str, str]]:
         return
     expert = train.get("expert_model_parallel_size", 1)
     expert_copy = train.get("expert_tensor_parallel_size", tensor) * expert * pipeline
-    if expert > 1 and world_size % expert_copy:
-        text = f"expert parallel {expert} x expert tensor parallel x pipeline {pipeline}"
-        text = f"{text} = {expert_copy}, and {world_size} ranks are not a multiple"
-        yield "expert_model_parallel_size", text
+    if world_size % expert_copy:
+        expert_tensor = train.get("expert_tensor_parallel_size", tensor)
+        text = (
+            f"expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} = {expert_copy}"
+        )
+        text = f"{text} ranks hold all experts once, and {world_size} is not a multiple"
+        near = nearest_multiples(world_size, expert_copy)
+        yield "expert_model_parallel_size", f"{text}: start {near} ranks"
     micro, whole = train["micro_batch_size"], train["global_batch_size"]
     step = micro * (world_size // copy)
     if whole % step:

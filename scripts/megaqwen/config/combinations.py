@@ -7,7 +7,8 @@ too, but only after every rank has started.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megaqwen.config.mistakes import Mistake, shown
+from megaqwen.config.mistakes import Mistake, listed, shown
+from megaqwen.config.sections import Checkpoints
 
 Train = Mapping[str, Any]
 Found = Iterator[tuple[str, str]]
@@ -33,6 +34,8 @@ NEEDS = (
     ("fp4_param_gather", "fp4"),
     ("recompute_method", "recompute_granularity"),
     ("recompute_num_layers", "recompute_method"),
+    ("recompute_modules", "recompute_granularity"),
+    ("distribute_saved_activations", "recompute_method"),
 )
 EXCLUDE = (
     ("fp16", "bf16"),
@@ -43,7 +46,17 @@ EXCLUDE = (
     ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
     ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
     ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout"),
+    ("distribute_saved_activations", "sequence_parallel"),
 )
+# What selective recomputation can recompute of a Qwen, and what that needs.
+RECOMPUTED = {
+    "core_attn": None,
+    "layernorm": None,
+    "mlp": None,
+    "moe": None,
+    "shared_experts": None,
+    "moe_act": "moe_grouped_gemm",
+}
 
 
 def train_mistakes(train: Train) -> list[Mistake]:
@@ -81,10 +94,23 @@ def combination_mistakes(train: Train) -> Found:
     if train.get("recompute_granularity") == "selective" and train.get("recompute_method"):
         text = "is for recompute_granularity: full: leave it out, or name recompute_modules instead"
         yield "recompute_method", text
+    yield from recomputed_mistakes(train)
     how = [train.get("recompute_method"), train.get("recompute_num_layers")]
     if train.get("recompute_granularity") == "full" and not all(how):
         text = "full needs train.recompute_method (uniform or block) and train.recompute_num_layers"
         yield "recompute_granularity", text
+
+
+def recomputed_mistakes(train: Train) -> Found:
+    """The modules that are recomputed."""
+    name, modules = "recompute_modules", train.get("recompute_modules") or []
+    if modules and train.get("recompute_granularity") == "full":
+        yield name, "is for recompute_granularity: selective: full recomputes whole layers"
+    for module in modules:
+        if module not in RECOMPUTED:
+            yield name, f"{module!r} is no part of a Qwen: {listed(list(RECOMPUTED))} is allowed"
+        elif (needed := RECOMPUTED[module]) and not train.get(needed):
+            yield name, f"{module} needs train.{needed}: set that as well, or leave {module} out"
 
 
 def batch_mistakes(train: Train) -> Found:
@@ -101,7 +127,7 @@ def batch_mistakes(train: Train) -> Found:
 
 
 def schedule_mistakes(train: Train) -> Found:
-    """The learning rate's schedule, and when checkpoints are saved."""
+    """The learning rate's schedule."""
     lr, least = train.get("lr"), train.get("min_lr", 0.0)
     if lr is not None and least > lr:
         yield "min_lr", f"{least:g} is more than lr {lr:g}"
@@ -115,10 +141,18 @@ def schedule_mistakes(train: Train) -> Found:
         yield "lr_warmup_fraction", f"{fraction:g} is given, at least 0 and less than 1 is allowed"
     if train.get("lr_decay_style") == "WSD" and "lr_wsd_decay_iters" not in train:
         yield "lr_decay_style", "WSD needs train.lr_wsd_decay_iters: the length of its last phase"
-    kept, saved = train.get("save_retain_interval"), train.get("save_interval")
-    if kept is not None and saved and saved > 0 and (kept < 1 or kept % saved):
-        text = f"{kept} is not a multiple of save_interval {saved}"
-        yield "save_retain_interval", f"{text}: {nearest_multiples(max(kept, 1), saved)} would be"
+
+
+def checkpoint_mistakes(checkpoints: Checkpoints, train: Train) -> list[Mistake]:
+    """Which checkpoints stay, against when they are saved."""
+    every, saved = checkpoints.keep_every, train.get("save_interval")
+    found = []
+    if every and not checkpoints.keep_last:
+        found.append(f"{every} is given, but keep_last 0 keeps all: give keep_last 1 or more")
+    if every and saved and saved > 0 and every % saved:
+        text = f"{every} is not a multiple of train.save_interval {saved}"
+        found.append(f"{text}: {nearest_multiples(every, saved)} would be")
+    return [Mistake(("checkpoints", "keep_every"), text) for text in found]
 
 
 def parallel_mistakes(train: Train) -> Found:

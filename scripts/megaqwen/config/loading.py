@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from megaqwen.config.blends import data_mistakes
 from megaqwen.config.checks import model_mistakes
-from megaqwen.config.combinations import train_mistakes
+from megaqwen.config.combinations import checkpoint_mistakes, train_mistakes
 from megaqwen.config.megatron_options import validate_train_options
 from megaqwen.config.mistakes import Mistake, mistakes_of
 from megaqwen.config.packed_options import packed_mistakes
@@ -59,6 +59,7 @@ def examine(merged: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
         config = Config.model_validate(values)
     except ValidationError as error:
         return None, mistakes_of(error, Config.model_json_schema()) + mistakes
+    mistakes += checkpoint_mistakes(config.checkpoints, config.train)
     if not mistakes and isinstance(config.model, TinyModel):
         mistakes = model_mistakes(config, tiny_hf_config(config.model.architecture), None)
     return config, mistakes

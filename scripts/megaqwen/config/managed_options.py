@@ -16,6 +16,8 @@ DATASETS = "documents are packed into samples in one way: text joined by end-of-
 EVALUATION = "a validation draws from the corpora by their weights: eval_iters says how much"
 TOKENIZER = "the model's own tokenizer is used: text is tokenized by preprocess"
 CHECKPOINTS = "checkpoints are written and resumed as torch_dist in one way, which export reads"
+RETAINED = "checkpoints.keep_every and keep_last say which stay: the newest whole one always does"
+TRACKED = "the `tracking` section says where curves go, so that naming a place trains nothing again"
 LAUNCH = "the launcher and the machine decide it"
 SIGNALS = "training always saves and stops when it is told to: the profile chooses the signal"
 ITERATIONS = "training is counted in iterations: use train_iters, lr_decay_iters, lr_warmup_iters"
@@ -71,6 +73,8 @@ BY_NAME: dict[str, str] = {
         strict_fsdp_dtensor_load dist_ckpt_strictness non_persistent_ckpt_type
         non_persistent_save_interval non_persistent_local_ckpt_algo replication replication_jump
         replication_factor""",
+    RETAINED: "save_retain_interval",
+    TRACKED: "wandb_project wandb_exp_name wandb_entity",
     LAUNCH: """
         distributed_backend local_rank lazy_mpu_init fake_process_group transformer_impl
         use_cpu_initialization use_gloo_process_groups""",

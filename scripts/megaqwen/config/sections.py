@@ -155,6 +155,26 @@ class Data(Section):
     """sft: what becomes of a conversation longer than seq_length; truncate keeps its beginning."""
 
 
+class Checkpoints(Section):
+    """Which of training's checkpoints stay. No other value of these trains anything again."""
+
+    keep_last: int = Field(default=0, ge=0)
+    """How many of the newest stay; 0 keeps all. The newest whole one always stays."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of this iteration stay as well; 0 keeps no others."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """What a checkpoint's files are checked by before training resumes from it."""
+
+
+class Tracking(Section):
+    """Where curves go beside metrics.jsonl and TensorBoard; no value of these trains anything again."""
+
+    wandb_project: str = ""
+    """A project of Weights & Biases, offline without a key; empty: none."""
+    mlflow_experiment: str = ""
+    """Of MLflow (`uv sync --extra mlflow`), a file without MLFLOW_TRACKING_URI; empty: none."""
+
+
 class Export(Section):
     """The Hugging Face directory that comes out."""
 
@@ -192,5 +212,7 @@ class Config(Section):
     data: Data
     train: dict[str, object]
     """Megatron's options by their own names, without the dashes (micro_batch_size: 4)."""
+    checkpoints: Checkpoints
+    tracking: Tracking
     export: Export
     parity: Parity

@@ -13,6 +13,17 @@ matplotlib.rcParams.update({"svg.hashsalt": "megaqwen", "svg.fonttype": "none", 
 from matplotlib.axes import Axes  # noqa: E402  the backend comes first
 from matplotlib.figure import Figure  # noqa: E402
 
+RATES = {
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "tflops_per_rank": "TFLOP/s a rank",
+    "mfu": "MFU",
+    "memory_bytes": "memory (bytes)",
+    "save_seconds": "save (s)",
+    "data_wait_seconds": "data wait (s)",
+    "straggler_seconds": "straggler (s)",
+}
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -31,13 +42,14 @@ def loss_figure(records: Records, unigram_entropy: float) -> str:
 
 
 def rates_figure(records: Records) -> str:
-    """Learning rate, gradient norm and throughput by iteration."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    rows = (
-        ("learning_rate", "learning rate"),
-        ("gradient_norm", "gradient norm"),
-        ("tokens_per_second", "tokens per second"),
-    )
+    """Learning rate, gradient norm, throughput, memory and waiting by iteration, as far as recorded."""
+    always = ("learning_rate", "gradient_norm", "tokens_per_second")
+    rows = [
+        (name, label)
+        for name, label in RATES.items()
+        if name in always or any(name in record for record in records)
+    ]
+    figure = Figure(figsize=(8, 1.6 * len(rows)), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(len(rows), sharex=True), rows, strict=True):
         draw(axes, records, name, label)
         axes.set_ylabel(label)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaqwen.architecture import megatron_options
 from megaqwen.config import Config
+from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.megatron_options import to_arguments
 from megaqwen.errors import InputError
 
@@ -121,6 +122,8 @@ def cpu_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
     for name in NEED_GPU:
         if chosen.get(name):
             raise InputError(f"train.{name} needs a GPU, and this machine has none: leave it out")
+    if mistakes := cpu_mistakes(chosen):
+        raise InputError("\n  ".join(["this machine cannot train so:", *map(str, mistakes)]))
     options = dict(CPU_OPTIONS)
     if chosen.get("pipeline_model_parallel_size", 1) > 1:
         # Over gloo, virtual stages with batched sends run and are silently wrong.

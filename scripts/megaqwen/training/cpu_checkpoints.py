@@ -69,8 +69,13 @@ def complete_groups(state_dict: dict[str, Any], own_groups: Sequence[Mapping[str
 
 def saved_on_cpu(checkpoints: Path) -> bool:
     """Whether the last checkpoint of a training was saved over gloo, as a machine without a GPU does."""
+    return getattr(saved_arguments(checkpoints), "distributed_backend", None) == "gloo"
+
+
+def saved_arguments(checkpoints: Path) -> Namespace | None:
+    """Megatron's arguments of the training that saved the last checkpoint, which keeps them."""
     saved = load_common_state_dict(str(find_checkpoint(checkpoints)))
-    return getattr(saved.get("args"), "distributed_backend", None) == "gloo"
+    return saved.get("args")
 
 
 def leave_random_state(arguments: Namespace, checkpoints: Path) -> None:

@@ -9,9 +9,12 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from megaqwen.provenance import end_last_line
+from megaqwen.training.alarms import Alarms, StallWatch
 from megaqwen.words import duration
 
 logger = logging.getLogger("megaqwen.training")
@@ -25,7 +28,10 @@ NAMES = {
 }
 EVALUATION = "lm loss validation"
 EVALUATED = ("validation_loss", "test_loss")
+# What has a record of its own, beside the one of its iteration.
+APART = (*EVALUATED, "save_seconds", "alarm")
 AVERAGED_ITERATIONS = 20
+BAR = 20  # cells of the progress bar
 FEWEST_ITERATIONS = 3  # before that many were timed, nothing is said of the time left
 
 
@@ -42,6 +48,9 @@ class MetricsWriter:
         tokens_per_iteration: int,
         ranks: int,
         first_iteration: int,
+        flops_per_token: float = 0.0,
+        peak_tflops: float | None = None,
+        memory: Callable[[], int] | None = None,
     ):
         """Stand in front of a writer.
 
@@ -53,6 +62,9 @@ class MetricsWriter:
             tokens_per_iteration: Global batch size times sequence length.
             ranks: World size, by which throughput is divided.
             first_iteration: The iteration that a resumed training starts after.
+            flops_per_token: By flops.py; 0 leaves TFLOP/s out.
+            peak_tflops: Of the device that each rank has; None leaves MFU out.
+            memory: Gives the bytes that this rank needed at most.
         """
         self.tensorboard = tensorboard
         self.file = file
@@ -61,6 +73,13 @@ class MetricsWriter:
         self.tokens_per_iteration = tokens_per_iteration
         self.ranks = ranks
         self.first_iteration = first_iteration
+        self.flops_per_token = flops_per_token
+        self.peak_tflops = peak_tflops
+        self.memory = memory
+        self.trackers: Sequence[Callable[[Mapping[str, Any]], None]] = ()
+        self.alarms = Alarms()
+        self.stalls = StallWatch(self.alarms, self.alarm)
+        self.iteration = first_iteration
         self.pending: dict[str, float] = {}
         self.last_step = time.monotonic()
         self.timed: deque[float] = deque(maxlen=AVERAGED_ITERATIONS)
@@ -91,12 +110,38 @@ class MetricsWriter:
             self.say(f"iteration {iteration}: {self.evaluated} loss {loss:.4f}")
         self.end_pause()
 
+    def begin_pause(self) -> None:
+        """An evaluation or a save begins: until its end no iteration is expected."""
+        self.stalls.paused = True
+
     def end_pause(self) -> None:
         """An evaluation or a checkpoint is done: its time is no iteration's."""
+        self.stalls.alive()
         self.last_step = time.monotonic()
 
-    def end_iteration(self, iteration: int) -> None:
-        """Write the iteration's record and its live line."""
+    def end_save(self, iteration: int, seconds: float) -> None:
+        """A checkpoint was saved, for which training stood still."""
+        self.append({"iteration": iteration, "save_seconds": round(seconds, 3)})
+        self.tensorboard.add_scalar("save-seconds", seconds, iteration)
+        self.end_pause()
+
+    def alarm(self, text: str) -> None:
+        """Say what a person should look at, and keep it."""
+        self.end_live_line()
+        logger.warning("ALARM after iteration %d: %s", self.iteration, text)
+        self.append({"iteration": self.iteration, "alarm": text})
+
+    def end_iteration(self, iteration: int, waits: Mapping[str, float] | None = None) -> None:
+        """Write the iteration's record and its live line, and what is alarming about it.
+
+        Args:
+            iteration: The one that has ended.
+            waits: Figures of all ranks' waiting, when there are new ones.
+        """
+        self.iteration = iteration
+        self.stalls.alive()
+        if iteration == self.iterations:
+            self.stalls.ended.set()
         now = time.monotonic()
         seconds, self.last_step = now - self.last_step, now
         # The first iteration after a start also warms up: it would spoil the time left.
@@ -112,32 +157,59 @@ class MetricsWriter:
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens_per_second, 1),
             "tokens_per_second_per_rank": round(tokens_per_second / self.ranks, 1),
+            **self.arithmetic(tokens_per_second / self.ranks),
+            **({"memory_bytes": self.memory()} if self.memory else {}),
+            **(waits or {}),
         }
-        self.append(record)
+        left = self.seconds_left(iteration)
+        self.append(record if left is None else {**record, "seconds_left": round(left, 1)})
+        for name in ("tflops_per_rank", "mfu", "memory_bytes", *(waits or {})):
+            if name in record:
+                self.tensorboard.add_scalar(name.replace("_", "-"), record[name], iteration)
+        mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         self.live(
             f"iteration {iteration}/{self.iterations}  loss {self.pending.get('loss', math.nan):.4f}"
-            f"  {tokens_per_second:,.0f} tokens/s{self.time_left(iteration)}",
+            f"  {tokens_per_second:,.0f} tokens/s{mfu}"
+            f"{'' if left is None else f'  {duration(left)} left'}",
             last=iteration == self.iterations,
             iteration=iteration,
         )
+        loss, norm = (self.pending.get(name, 0.0) for name in ("loss", "gradient_norm"))
+        # The first iteration after a start says nothing of how long one takes.
+        if iteration > self.first_iteration + 1:
+            alarms = self.alarms.observe(iteration, loss=loss, gradient_norm=norm, seconds=seconds)
+            for text in alarms:
+                self.alarm(text)
         self.pending = {}
 
-    def time_left(self, iteration: int) -> str:
+    def arithmetic(self, tokens_per_second: float) -> dict[str, float]:
+        """A rank's TFLOP/s by its tokens per second, and its share of the device's peak."""
+        if not self.flops_per_token:
+            return {}
+        tflops = tokens_per_second * self.flops_per_token / 1e12
+        figures = {"tflops_per_rank": round(tflops, 4)}
+        return figures | ({"mfu": round(tflops / self.peak_tflops, 4)} if self.peak_tflops else {})
+
+    def seconds_left(self, iteration: int) -> float | None:
         """How long the iterations after this one will take, by the mean of the last ones."""
         left = self.iterations - iteration
         if not left or len(self.timed) < FEWEST_ITERATIONS:
-            return ""
-        return f"  {duration(left * sum(self.timed) / len(self.timed))} left"
+            return None
+        return left * sum(self.timed) / len(self.timed)
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+        for log in self.trackers:
+            log(record)
 
     def live(self, text: str, *, last: bool, iteration: int) -> None:
         """Show the live line: rewritten on a terminal; elsewhere about twenty lines a training."""
         if self.terminal.isatty():
-            self.terminal.write(f"\r\033[K  {text}" + ("\n" if last else ""))
+            full = BAR * iteration // max(1, self.iterations)
+            bar = "█" * full + "░" * (BAR - full)
+            self.terminal.write(f"\r\033[K  {bar} {text}" + ("\n" if last else ""))
             self.live_line_open = not last
         elif last or iteration % max(1, self.iterations // 20) == 0:
             self.terminal.write(f"  {text}\n")
@@ -166,13 +238,6 @@ def evaluations_at(file: Path, iteration: int) -> set[tuple[str, int]]:
     }
 
 
-def end_last_line(file: Path) -> None:
-    """End a line that a kill cut short, so that the next record does not become part of it."""
-    if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write("\n")
-
-
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl in order of iteration; a resumed iteration's last record counts.
 
@@ -184,6 +249,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        kind = next((name for name in EVALUATED if name in record), "loss")
+        kind = next((name for name in APART if name in record), "loss")
+        kind = record.get("alarm", kind)  # an iteration can have several
         records[record["iteration"], kind] = record
     return [records[key] for key in sorted(records)]

@@ -12,6 +12,7 @@ from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file
+from megaqwen.training.trackers import check_installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
         InputError: The layout does not fit the model or the ranks, or an input is not there.
     """
     config = load_config(arguments.config)
+    check_installed(config.tracking)
     layout = Layout(config=config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     hf_config = read_json(existing(arguments.model / "config.json", "download"))
@@ -58,7 +60,7 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
         checkpoint=arguments.checkpoint,
         data_directory=arguments.data,
         output=arguments.output,
-        checkpoints=arguments.output / "checkpoints" / layout.stage_digest("train"),
+        checkpoints=arguments.output / "checkpoints" / layout.checkpoints.name,
         terminal=arguments.terminal,
         record=StageRecord("train", layout.stage_config("train")),
     )

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import shutil
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +13,13 @@ from megaqwen.training import cpu_emulation
 if cpu_emulation.available():
     cpu_emulation.install()
 
-from megatron.core import mpu
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_tensorboard_writer, global_vars, pretrain
-from megatron.training import training as megatron_training
+from megatron.training import get_args, get_tensorboard_writer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import get_train_valid_test_num_samples
 
+from megaqwen.checkpoints import tracked_iteration
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import check_ends, check_shares
 from megaqwen.errors import InputError, Stopped
@@ -37,17 +34,19 @@ from megaqwen.training.datasets import (
     use_compiled_helpers,
 )
 from megaqwen.training.epochs import Planned, conversation_epochs, epochs
-from megaqwen.training.evaluation import Evaluations, read_evaluations
+from megaqwen.training.evaluation import read_evaluations
+from megaqwen.training.following import METRICS, watch_metrics
 from megaqwen.training.forward import forward_step
+from megaqwen.training.lease import check_held, token_of_launcher
 from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
 from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
+from megaqwen.training.saving import Saving, changed_layout
+from megaqwen.training.waits import Waits
 
 logger = logging.getLogger("megaqwen.training")
-
-METRICS = "metrics.jsonl"
 
 
 def pretrain_run(run: TrainingRun) -> None:
@@ -77,15 +76,17 @@ def pretrain_run(run: TrainingRun) -> None:
     # Megatron has one entry for its options: the command line.
     sys.argv = [sys.argv[0], *training_arguments(run.config, run.hf_config, paths, gpu=gpu)]
     arguments = validated_arguments()
-    resumed = saved_iteration(run.checkpoints)
-    if arguments.rank == 0:
-        remove_unfinished(run.checkpoints)
+    check_held(run.checkpoints, token_of_launcher())
+    resumed = tracked_iteration(run.checkpoints)
+    saving = Saving(run.checkpoints, run.config.checkpoints)
+    saving.install()
     if resumed == arguments.train_iters:
         # Stopped after its last save: what is left is to evaluate. There are no samples to load.
         arguments.skip_train = arguments.no_load_optim = True
     if gpu and resumed:
         cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
-    watch_metrics(run, resumed)
+    waits = Waits()
+    watch_metrics(run, resumed, waits)
     say_start(run, arguments, resumed)
     model = model_config(arguments)
     if run.config.data.kind == "sft":
@@ -100,13 +101,15 @@ def pretrain_run(run: TrainingRun) -> None:
     container = pretrain_cfg_container_from_args(arguments, model)
     try:
         with memory_advice(arguments.micro_batch_size):
+            step = waits.timed(step)
             pretrain(container, provider, ModelType.encoder_or_decoder, step)
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
         raise Stopped(
-            f"stopped: iteration {saved_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
+            f"stopped: iteration {tracked_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
         ) from stop
+    saving.finish()
     torch.distributed.barrier()
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         finish(run)
@@ -148,69 +151,6 @@ def corpora(run: TrainingRun) -> Corpora:
     )
 
 
-def saved_iteration(checkpoints: Path) -> int:
-    """The iteration that training resumes after; 0 at the first start."""
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.is_file() else 0
-
-
-def remove_unfinished(checkpoints: Path) -> None:
-    """Remove checkpoints that a kill or a full disk cut short: metadata.json is their last file."""
-    for directory in checkpoints.glob("iter_*"):
-        if not (directory / "metadata.json").is_file():
-            logger.info("removing %s, which is not complete", directory)
-            shutil.rmtree(directory)
-
-
-def watch_metrics(run: TrainingRun, resumed: int) -> None:
-    """Put our writer in front of Megatron's on the rank that has one, and follow its iterations."""
-    if get_tensorboard_writer() is None:
-        return
-    arguments = get_args()
-    writer = MetricsWriter(
-        get_tensorboard_writer(),
-        file=run.checkpoints / METRICS,
-        terminal=run.terminal,
-        iterations=arguments.train_iters,
-        tokens_per_iteration=arguments.global_batch_size * arguments.seq_length,
-        ranks=arguments.world_size,
-        first_iteration=resumed,
-    )
-    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
-    megatron_log = megatron_training.training_log
-
-    def training_log(*values: Any, **named: Any) -> Any:
-        result = megatron_log(*values, **named)
-        writer.end_iteration(values[3])
-        return result
-
-    megatron_training.training_log = training_log
-    megatron_evaluate = megatron_training.evaluate_and_print_results
-    evaluations = Evaluations(run.checkpoints, get_train_valid_test_num_samples())
-
-    def evaluate_and_print_results(prefix: str, *values: Any, **named: Any) -> Any:
-        # Megatron gives the test set's loss the validation set's name.
-        writer.evaluated = "test" if prefix.endswith("test set") else "validation"
-        evaluations.begin(writer.evaluated, arguments)
-        writer.last_evaluation = None
-        # Megatron would leave out what is measured where no training was left to do.
-        result = megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
-        if writer.last_evaluation:
-            rank = mpu.get_data_parallel_rank()
-            evaluations.end(*writer.last_evaluation, arguments, rank)
-        return result
-
-    megatron_training.evaluate_and_print_results = evaluate_and_print_results
-    megatron_save = megatron_training.save_checkpoint_and_time
-
-    def save_checkpoint_and_time(*values: Any, **named: Any) -> Any:
-        result = megatron_save(*values, **named)
-        writer.end_pause()
-        return result
-
-    megatron_training.save_checkpoint_and_time = save_checkpoint_and_time
-
-
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
     """Say in words what is trained, over which ranks, and from where."""
     layout = ", ".join(
@@ -223,6 +163,8 @@ def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
         )
         if size > 1
     )
+    if changes := changed_layout(run.checkpoints, arguments, resumed):
+        logger.info("the checkpoint was saved under another layout: %s", changes)
     device = "CPU" if cpu_emulation.available() else torch.cuda.get_device_name()
     start = f"resuming after iteration {resumed}" if resumed else "from the converted weights"
     logger.info(
@@ -245,7 +187,7 @@ def finish(run: TrainingRun) -> None:
     test = [record["test_loss"] for record in records if "test_loss" in record]
     entropy = unigram_entropy(run)
     arguments = get_args()
-    iteration = saved_iteration(run.checkpoints)
+    iteration = tracked_iteration(run.checkpoints)
     if iteration != arguments.train_iters:
         raise RuntimeError(f"saved {iteration} of {arguments.train_iters} iterations")
     results = {

@@ -8,15 +8,20 @@ iteration, saves and exits. srun hands SIGTERM on to its tasks by itself.
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
+WATCH_SECONDS = 2.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -90,6 +95,39 @@ class Ranks:
         launcher.suspend()  # so that it starts none while they are counted
         for process in (*launcher.children(recursive=True), launcher):
             process.kill()
+
+
+def stop_with_snakemake() -> None:
+    """Send SIGTERM to this process when a Snakemake that it works for is killed.
+
+    Between Snakemake and this process are shells and another Snakemake, which outlive it: the kernel's
+    signal at a parent's death would not come. On a cluster the one that submitted the job is elsewhere,
+    and the job goes on without it.
+    """
+    above = [each for each in psutil.Process().parents() if is_snakemake(each)]
+
+    def watch() -> None:
+        while all(is_alive(each) for each in above):
+            time.sleep(WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if above:
+        threading.Thread(target=watch, name="snakemake", daemon=True).start()
+
+
+def is_snakemake(process: psutil.Process) -> bool:
+    """Whether a process is Snakemake's, by its command line."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()[:3]
+        return any(Path(word).name.startswith("snakemake") for word in words)
+    return False
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended, whether or not its parent was told."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def end_with_parent() -> None:

@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megaqwen.checkpoints import TRACKER, damage, is_finished, iteration_name, tracked_iteration
 from megaqwen.errors import InputError
 from megaqwen.weights.mapping import Transfer
 from megaqwen.weights.saved_tensors import read_saved_tensor
-from megaqwen.weights.writing import RELEASE, TRACKER
+from megaqwen.weights.writing import RELEASE
 
 
 def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
@@ -41,18 +42,21 @@ def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
         raise InputError(f"{directory}: no checkpoint was saved there ({TRACKER} is missing)")
     else:
         latest = tracker.read_text(encoding="utf-8").strip()
-        found = directory / (latest if latest == RELEASE else iteration_name(int(latest)))
-    if not (found / ".metadata").is_file() or not (found / "metadata.json").is_file():
+        found = directory / (
+            latest if latest == RELEASE else iteration_name(tracked_iteration(directory))
+        )
+    if not is_finished(found):
         saved = sorted(path.parent.name for path in directory.glob("*/.metadata"))
         raise InputError(
             f"{found}: there is no whole torch_dist checkpoint; saved: {', '.join(saved) or 'none'}"
         )
+    # Checksums are looked at where tensors are read: torch keeps one for each.
+    if wrong := damage(found, "sizes"):
+        raise InputError(
+            f"{found} is damaged: {'; '.join(wrong)}. To train it again from the newest whole"
+            " checkpoint before it: snakemake --forcerun train"
+        )
     return found
-
-
-def iteration_name(iteration: int) -> str:
-    """Megatron's name for an iteration's directory."""
-    return f"iter_{iteration:07d}"
 
 
 class MegatronWeights:

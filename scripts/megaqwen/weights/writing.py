@@ -32,13 +32,14 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megaqwen.checkpoints import TRACKER
 from megaqwen.provenance import DigestingStream, write_json, write_text
 from megaqwen.weights.mapping import Place, Transfer, extra_states
 from megaqwen.weights.workers import LEAST_MEMORY, Flusher, MemoryBudget, Progress, run_all
 
 FILE_BYTES = 500 * 10**6  # enough files for the workers, few enough for the file system
 BUFFER_BYTES = 2**20  # torch.save writes in many small pieces
-TRACKER = "latest_checkpointed_iteration.txt"
+
 RELEASE = "release"  # Megatron's word for a checkpoint that no training saved
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # A lower version would make Megatron reorder query, key and value.

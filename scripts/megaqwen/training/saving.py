@@ -1,0 +1,110 @@
+"""What is done around each save of Megatron's, so that no kill and no second start costs more.
+
+Before it the lease is looked at; after it, and before Megatron's tracker names it, the sizes of its files
+are recorded; checksums follow, and older checkpoints go, in the background.
+"""
+
+import logging
+import threading
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
+from megaqwen.config.sections import Checkpoints
+from megaqwen.training.cpu_checkpoints import saved_arguments
+from megaqwen.training.lease import check_held, token_of_launcher
+
+logger = logging.getLogger("megaqwen.training")
+
+
+LAYOUT = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+    "data": "data_parallel_size",
+}
+
+
+def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str:
+    """In words, what is parallel in another way than when the last checkpoint was saved."""
+    saved = saved_arguments(checkpoints) if resumed else None
+    sizes = {
+        kind: (getattr(saved, name, None), getattr(arguments, name))
+        for kind, name in LAYOUT.items()
+    }
+    changes = (
+        f"{kind} {then} -> {now}" for kind, (then, now) in sizes.items() if then not in (None, now)
+    )
+    return ", ".join(changes)
+
+
+class Saving:
+    """Stands around `dist_checkpointing.save` of one training."""
+
+    def __init__(self, checkpoints: Path, settings: Checkpoints):
+        """For the checkpoints below a directory, kept as `settings` say."""
+        self.checkpoints = checkpoints
+        self.settings = settings
+        self.token = token_of_launcher()
+        self.background: threading.Thread | None = None
+
+    def install(self) -> None:
+        """Put it in place; once in a process."""
+        save = dist_checkpointing.save
+
+        def guarded(state_dict: Any, checkpoint_dir: Any, *words: Any, **named: Any) -> Any:
+            directory = Path(checkpoint_dir)
+            self.begin(directory)
+            request = save(state_dict, checkpoint_dir, *words, **named)
+            if request is None:
+                self.end(directory)
+            else:  # asynchronous: called on every rank before the tracker is written
+                request.add_finalize_fn(lambda: self.end(directory))
+            return request
+
+        dist_checkpointing.save = guarded
+
+    def begin(self, directory: Path) -> None:
+        """Stop where another start has the lease; rank 0's error ends all ranks of the job."""
+        self.finish()
+        if torch.distributed.get_rank() == 0:
+            check_held(self.checkpoints, self.token)
+            (directory / FILES).unlink(missing_ok=True)  # of an earlier save of this iteration
+
+    def end(self, directory: Path) -> None:
+        """All ranks have written: record it."""
+        if torch.distributed.get_rank() == 0:
+            write_sizes(directory)
+        self.background = threading.Thread(target=self.follow, args=(directory,), daemon=True)
+        self.background.start()
+
+    def follow(self, directory: Path) -> None:
+        """Checksums of this rank's files; on rank 0 also what is no longer needed goes."""
+        rank = torch.distributed.get_rank()
+        try:
+            names = written_by(directory, rank)
+            if names:
+                write_checksums(directory, f"rank{rank}", names)
+            if rank == 0:
+                keep = self.settings
+                prune(self.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        except OSError as error:  # the checkpoint is whole without
+            logger.warning("checksums of %s were not recorded: %s", directory, error)
+
+    def finish(self) -> None:
+        """Wait for the background's work."""
+        if self.background:
+            self.background.join()
+            self.background = None
+
+
+def written_by(directory: Path, rank: int) -> list[str]:
+    """The files of a checkpoint that a rank wrote; rank 0 also those that are not of one rank."""
+    names = megatron_files(directory)
+    own = [name for name in names if name.startswith(f"__{rank}_")]
+    return own + [name for name in names if not name.startswith("__")] if rank == 0 else own

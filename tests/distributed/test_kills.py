@@ -1,0 +1,230 @@
+"""A training that is killed, whenever and however, ends in the bits of one that never was.
+
+One training of two ranks runs through; others are hurt in turn and started again by the same command.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from commands import ROOT
+from megaqwen.checkpoints import FILES, is_finished, iterations
+from megaqwen.provenance import read_json
+from megaqwen.training.attempts import read_attempts
+from workspace import TRACKER, Workspace, differing, losses, weights
+
+RANKS = 2
+OPTIONS: dict[str, Any] = {
+    "train_iters": 6,
+    "save_interval": 2,
+    "eval_interval": 6,
+    "use_distributed_optimizer": True,
+}
+SECONDS = 400.0  # that a start may take on a loaded machine
+
+
+@pytest.fixture(scope="module")
+def straight(workspace: Workspace) -> Path:
+    """Trained without a stop."""
+    return workspace.train("straight", RANKS, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def expected(workspace: Workspace, straight: Path) -> dict[str, torch.Tensor]:
+    return weights(workspace, straight, 6)
+
+
+class Training:
+    """One that will be hurt, in a directory of its own."""
+
+    def __init__(self, workspace: Workspace, name: str):
+        self.workspace, self.name = workspace, name
+        self.words = workspace.launch_words(name, RANKS, OPTIONS)
+        self.directory = Path(self.words[self.words.index("--checkpoints") + 1])
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "scripts" / "launch.py", *self.words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            yield process
+        finally:
+            end_all(process)
+
+    def run(self) -> str:
+        """Start it, and wait for its good end; what it said."""
+        with self.started() as process:
+            said, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, said
+        return said
+
+    def hurt(self, when: Callable[[], object], how: Callable[[subprocess.Popen[str]], None]) -> str:
+        """Start it, do something to it at some moment, and wait for its end; what it said."""
+        with self.started() as process:
+            end = time.monotonic() + SECONDS
+            while not when():
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.002)
+            how(process)
+            said, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0, said
+        return said
+
+    def reached(self, iteration: int) -> Callable[[], bool]:
+        """Whether an iteration was logged."""
+        file = self.directory / "metrics.jsonl"
+        return lambda: file.is_file() and len(losses(self.directory)) >= iteration
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks below a launcher, in order."""
+    (torchrun,) = psutil.Process(process.pid).children()
+    return sorted(torchrun.children(), key=lambda rank: int(rank.environ()["RANK"]))
+
+
+def kill_a_rank(process: subprocess.Popen[str]) -> None:
+    ranks_of(process)[0].kill()
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """As a power cut does: no process does anything more."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for one in below:
+        one.suspend()
+    for one in (psutil.Process(process.pid), *below):
+        one.send_signal(signal.SIGKILL)
+
+
+def end_all(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(process.pid).children(recursive=True):
+            one.kill()
+    process.kill()
+    process.wait()
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_killed_in_a_save_and_after_one(
+    workspace: Workspace, expected: dict[str, torch.Tensor], straight: Path
+) -> None:
+    training = Training(workspace, "killed")
+
+    def saving() -> bool:
+        return any(not is_finished(each) for each in training.directory.glob("iter_*"))
+
+    training.hurt(saving, kill_everything)
+    assert not (training.directory / TRACKER).exists()
+    said = training.hurt(training.reached(5), kill_a_rank)
+    assert "taking over from process" in said
+    assert "iter_0000002, which is not complete" in said
+    assert iterations(training.directory) == [2, 4]
+    said = training.run()
+    assert "resuming after iteration 4" in said
+    assert losses(training.directory) == losses(straight)
+    assert differing(weights(workspace, training.directory, 6), expected) == []
+    attempts = read_attempts(training.directory)
+    assert [(each.resumed, each.failed) for each in attempts] == [(0, True), (0, True), (4, False)]
+    assert attempts[1].reached == 4
+
+
+@pytest.mark.slow
+def test_damaged_on_disk(workspace: Workspace, straight: Path, expected: Any) -> None:
+    """The last checkpoint truncated and the one before it with a flipped bit: back to the first."""
+    training = Training(workspace, "damaged")
+    shutil.copytree(straight.parents[1], training.directory.parents[1])
+    (training.directory.parents[1] / "manifest.json").unlink()
+    newest, second = (training.directory / f"iter_000000{number}" for number in (6, 4))
+    sizes = read_json(newest / FILES)["files"]
+    largest = max((name for name in sizes if name.startswith("__")), key=lambda name: sizes[name])
+    os.truncate(newest / largest, sizes[largest] - 10)
+    flip_a_bit(second / largest)
+    said = training.run()
+    assert f"{largest} has {sizes[largest] - 10:,} of its {sizes[largest]:,} bytes" in said
+    assert f"{largest} has CRC-32" in said
+    assert "resuming after iteration 2" in said
+    assert len(list(training.directory.glob("damaged-*"))) == 2
+    assert differing(weights(workspace, training.directory, 6), expected) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A filesystem of so many bytes; given again, it grows."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def sized(size: int) -> Path:
+        again = "remount," if place.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", str(place)]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("mounting a small filesystem takes root")
+        return place
+
+    yield sized
+    if place.is_mount():
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_a_save(
+    workspace: Workspace, straight: Path, expected: Any, small_disk: Callable[[int], Path]
+) -> None:
+    """Of three checkpoints one and a half have room: the first is whole and resumed from."""
+    checkpoint = sum(file.stat().st_size for file in (straight / "iter_0000002").iterdir())
+    disk = small_disk(checkpoint * 3 // 2 + (4 << 20))
+    training = Training(workspace, "full")
+    training.directory.parents[1].symlink_to(disk)
+    with training.started() as process:
+        said, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert "the disk is full" in said
+    assert iterations(training.directory)[0] == 2 and is_finished(
+        training.directory / "iter_0000002"
+    )
+    small_disk(checkpoint * 5)
+    said = training.run()
+    assert "resuming after iteration 2" in said
+    assert differing(weights(workspace, training.directory, 6), expected) == []
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
+    """From two data parallel ranks to one, and from there to two tensor parallel ones."""
+    training = Training(workspace, "layouts")
+    shutil.copytree(straight.parents[1], training.directory.parents[1])
+    (training.directory.parents[1] / "manifest.json").unlink()
+    shutil.rmtree(training.directory / "iter_0000006")
+    shutil.rmtree(training.directory / "iter_0000004")
+    assert workspace.train("layouts", 1, OPTIONS) == training.directory
+    log = (workspace.directory / "layouts.log.rank0.log").read_text()
+    assert "saved under another layout: data 2 -> 1" in log
+    curve, straight_curve = losses(training.directory), losses(straight)
+    assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3
+    shutil.rmtree(training.directory / "iter_0000006")
+    tensor = {**OPTIONS, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    assert workspace.train("layouts", 2, tensor) == training.directory
+    log = (workspace.directory / "layouts.log.rank1.log").read_text()
+    assert "saved under another layout: tensor 1 -> 2" in log
+    assert "resuming after iteration 4" in log
+    curve = losses(training.directory)
+    assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3

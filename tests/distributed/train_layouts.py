@@ -1,0 +1,116 @@
+"""Ranks that train the same few iterations under one layout after another, through Megatron's `pretrain`.
+
+    torchrun --nproc-per-node 4 train_layouts.py JOBS.json
+
+JOBS.json: {"model": config.json, "checkpoint": ..., "data": a prefix, "losses": a file to write,
+"layouts": {name: options under train}}. Start-up is what costs; it is paid once. The options, the model,
+the datasets and the forward step are those of a training.
+"""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def train(jobs: dict[str, Any], options: dict[str, Any]) -> list[float]:
+    """The losses of one layout, on the last rank; none on the others."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training import training as megatron_training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megaqwen.config import load_config
+    from megaqwen.config.megatron_options import to_arguments
+    from megaqwen.training.arguments import RunPaths, training_options
+    from megaqwen.training.datasets import Corpora, EndOfDocument, dataset_provider
+    from megaqwen.training.forward import forward_step
+    from megaqwen.training.model import model_config
+
+    nowhere = Path("unused")
+    paths = RunPaths(pretrained=Path(jobs["checkpoint"]), checkpoints=nowhere, tensorboard=nowhere)
+    config = load_config(ROOT / "config" / "config.yaml").model_copy(update={"train": options})
+    whole = training_options(config, jobs["model"], paths, gpu=False)
+    for name in ("save", "load", "tensorboard_dir"):
+        del whole[name]
+    sys.argv = [sys.argv[0], *to_arguments(whole)]
+    arguments = parse_and_validate_args()
+    losses: list[float] = []
+    log = megatron_training.training_log
+
+    def training_log(loss_dict: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        losses.extend(float(loss) for loss in loss_dict.values())
+        return log(loss_dict, *rest, **named)
+
+    megatron_training.training_log = training_log
+    data = Path(jobs["data"])
+    corpora = Corpora(
+        prefixes=[data],
+        weights=[[1.0, 1.0, 1.0]],
+        splits=[[1.0, 0.0, 0.0]],
+        seed=1,
+        cache=data.with_name("cache"),
+        tokenizer=EndOfDocument(eod=0, vocab_size=jobs["model"]["vocab_size"]),
+    )
+    container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
+    try:
+        pretrain(container, dataset_provider(corpora), ModelType.encoder_or_decoder, forward_step)
+    finally:
+        megatron_training.training_log = log
+        forget()
+    return losses
+
+
+def forget() -> None:
+    """Leave Megatron as before its start, but for the group of all ranks."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training import global_vars
+    from torch.distributed import distributed_c10d
+
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):  # or their threads pile up
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    global_vars.destroy_global_vars()
+    global_vars.unset_global_variables()
+
+
+def main() -> None:
+    """All layouts; one that fails in the same way on every rank costs the others nothing."""
+    from megaqwen.training import cpu_emulation
+
+    cpu_emulation.install()  # before anything imports Megatron
+    cpu_emulation.install_training()
+
+    import torch
+
+    from megaqwen.training.datasets import use_compiled_helpers
+
+    use_compiled_helpers()
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    found: dict[str, Any] = {}
+    for name, options in jobs["layouts"].items():
+        started = time.monotonic()
+        try:
+            found[name] = train(jobs, options)
+        except Exception:  # noqa: BLE001  told by the test
+            found[name] = traceback.format_exc()
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+            Path(jobs["losses"]).write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What attempts.jsonl tells, and when a retry is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megaqwen.errors import InputError
+from megaqwen.training.attempts import (
+    KILLED,
+    NAME,
+    Attempt,
+    check_progress,
+    next_attempt,
+    read_attempts,
+    record_end,
+    record_start,
+)
+
+
+def failed(directory: Path, resumed: int, reason: str = "no memory", **changes: object) -> Attempt:
+    """Record an attempt that saved nothing."""
+    attempt = upcoming(directory, resumed)
+    attempt = replace(attempt, **changes)  # type: ignore[arg-type]
+    record_start(directory, attempt)
+    record_end(directory, attempt, reached=resumed, reason=reason, failed=True)
+    return attempt
+
+
+def upcoming(directory: Path, resumed: int) -> Attempt:
+    return next_attempt(directory, resumed=resumed, ranks=2, log=Path("logs/train.log"))
+
+
+def test_an_attempt_is_told_in_two_lines(tmp_path: Path) -> None:
+    attempt = upcoming(tmp_path, 0)
+    record_start(tmp_path, attempt)
+    (started,) = read_attempts(tmp_path)
+    assert (started.reason, started.failed, started.ended) == (KILLED, True, None)
+    record_end(tmp_path, attempt, reached=8, reason="finished", failed=False)
+    (ended,) = read_attempts(tmp_path)
+    assert (ended.number, ended.resumed, ended.reached, ended.failed) == (1, 0, 8, False)
+    assert len((tmp_path / NAME).read_text().splitlines()) == 2
+    assert upcoming(tmp_path, 8).number == 2
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    failed(tmp_path, 0)
+    with open(tmp_path / NAME, "a") as stream:
+        stream.write('{"number": 2, "resu')
+    record_start(tmp_path, upcoming(tmp_path, 0))
+    assert [attempt.number for attempt in read_attempts(tmp_path)] == [1, 2]
+    assert json.loads((tmp_path / NAME).read_text().splitlines()[-1])["number"] == 2
+
+
+def test_a_third_try_that_would_fail_alike_is_refused(tmp_path: Path) -> None:
+    failed(tmp_path, 4, "the first words")
+    check_progress(tmp_path, upcoming(tmp_path, 4))
+    failed(tmp_path, 4, "other words")
+    with pytest.raises(InputError) as refusal:
+        check_progress(tmp_path, upcoming(tmp_path, 4))
+    assert "attempts 1 and 2 both started after iteration 4" in str(refusal.value)
+    assert "the first words (log: logs/train.log.rank*.log" in str(refusal.value)
+
+
+def test_progress_another_host_or_other_code_are_worth_a_try(tmp_path: Path) -> None:
+    failed(tmp_path, 4)
+    failed(tmp_path, 4)
+    same = upcoming(tmp_path, 4)
+    for change in ({"resumed": 6}, {"host": "node8"}, {"code": {"commit": "1"}}, {"ranks": 4}):
+        check_progress(tmp_path, replace(same, **change))  # type: ignore[arg-type]
+
+
+def test_being_told_to_stop_is_no_failure(tmp_path: Path) -> None:
+    failed(tmp_path, 4)
+    attempt = upcoming(tmp_path, 4)
+    record_start(tmp_path, attempt)
+    record_end(tmp_path, attempt, reached=4, reason="SIGTERM", failed=False)
+    check_progress(tmp_path, upcoming(tmp_path, 4))
+
+
+def test_kills_without_a_message_count(tmp_path: Path) -> None:
+    for _ in range(2):
+        record_start(tmp_path, upcoming(tmp_path, 0))
+    with pytest.raises(InputError, match=KILLED):
+        check_progress(tmp_path, upcoming(tmp_path, 0))

@@ -1,0 +1,66 @@
+"""Trackers that are not installed are refused in words; those that are get the records, offline."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from megaqwen.config.sections import Tracking
+from megaqwen.errors import InputError
+from megaqwen.training import trackers
+from megaqwen.training.trackers import check_installed, numbers, start_trackers
+
+
+@pytest.mark.parametrize(
+    ("field", "install"),
+    [("wandb_project", "uv sync"), ("mlflow_experiment", "uv sync --extra mlflow")],
+)
+def test_one_that_is_not_installed(
+    field: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    package = field.split("_")[0]
+    with pytest.raises(InputError, match=f"tracking.{field} is 'qwen', but {package} .*{install},"):
+        check_installed(Tracking(**{field: "qwen"}))
+    check_installed(Tracking())
+
+
+def test_nothing_is_started_unasked(tmp_path: Path) -> None:
+    assert start_trackers(Tracking(), run="run", key="0123", directory=tmp_path) == []
+
+
+def test_words_are_no_figures() -> None:
+    record = {"iteration": 3, "loss": 2.5, "alarm": "the loss is nan"}
+    assert numbers(record) == {"iteration": 3.0, "loss": 2.5}
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs this
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.delenv("WANDB_MODE")
+    settings = {"run": "run", "key": "0123", "directory": tmp_path}
+    (log,) = start_trackers(Tracking(wandb_project="qwen"), **settings)  # type: ignore[arg-type]
+    log({"iteration": 1, "loss": 2.5, "alarm": "words"})
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.name == "run-0123.wandb"
+    assert file.stat().st_size > 0
+
+
+def test_mlflow_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for iteration in (1, 2):  # started, and resumed in the same curve
+        settings = {"run": "run", "key": "0123", "directory": tmp_path}
+        tracking = Tracking(mlflow_experiment="qwen")
+        (log,) = start_trackers(tracking, **settings)  # type: ignore[arg-type]
+        log({"iteration": iteration, "loss": 2.5 / iteration})
+        mlflow.end_run()
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        rows = database.execute("select run_uuid, key, step, value from metrics order by step")
+        found = rows.fetchall()
+    assert [row[1:] for row in found] == [("loss", 1, 2.5), ("loss", 2, 1.25)]
+    assert len({row[0] for row in found}) == 1, json.dumps(found)
