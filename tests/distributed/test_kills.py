@@ -209,22 +209,24 @@ def test_a_full_disk_in_a_save(
 
 @pytest.mark.slow
 def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
-    """From two data parallel ranks to one, and from there to two tensor parallel ones."""
+    """From two data parallel ranks to two stages, and from there to two tensor parallel ranks."""
     training = Training(workspace, "layouts")
     shutil.copytree(straight.parents[1], training.directory.parents[1])
     (training.directory.parents[1] / "manifest.json").unlink()
     shutil.rmtree(training.directory / "iter_0000006")
     shutil.rmtree(training.directory / "iter_0000004")
-    assert workspace.train("layouts", 1, OPTIONS) == training.directory
-    log = (workspace.directory / "layouts.log.rank0.log").read_text()
-    assert "saved under another layout: data 2 -> 1" in log
+    stages = {**OPTIONS, "pipeline_model_parallel_size": 2}
+    assert workspace.train("layouts", 2, stages) == training.directory
+    log = (workspace.directory / "layouts.log.rank1.log").read_text()
+    assert "saved under another layout: pipeline 1 -> 2, data 2 -> 1" in log
+    assert "resuming after iteration 2" in log
     curve, straight_curve = losses(training.directory), losses(straight)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3
     shutil.rmtree(training.directory / "iter_0000006")
     tensor = {**OPTIONS, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert workspace.train("layouts", 2, tensor) == training.directory
     log = (workspace.directory / "layouts.log.rank1.log").read_text()
-    assert "saved under another layout: tensor 1 -> 2" in log
+    assert "saved under another layout: tensor 1 -> 2, pipeline 2 -> 1" in log
     assert "resuming after iteration 4" in log
     curve = losses(training.directory)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3

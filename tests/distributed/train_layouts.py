@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 train_layouts.py JOBS.json
 
-JOBS.json: {"model": config.json, "checkpoint": ..., "data": a prefix, "losses": a file to write,
-"layouts": {name: options under train}}. Start-up is what costs; it is paid once. The options, the model,
-the datasets and the forward step are those of a training.
+JOBS.json: {"models": {name: {"hf_config": config.json, "checkpoint": ...}}, "data": a prefix, "losses": a
+file to write, "layouts": {model: {name: options under train}}}. Start-up is what costs; it is paid once.
+The options, the model, the datasets and the forward step are those of a training.
 """
 
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-def train(jobs: dict[str, Any], options: dict[str, Any]) -> list[float]:
+def train(model: dict[str, Any], data: Path, options: dict[str, Any]) -> list[float]:
     """The losses of one layout, on the last rank; none on the others."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -34,9 +34,9 @@ def train(jobs: dict[str, Any], options: dict[str, Any]) -> list[float]:
     from megaqwen.training.model import model_config
 
     nowhere = Path("unused")
-    paths = RunPaths(pretrained=Path(jobs["checkpoint"]), checkpoints=nowhere, tensorboard=nowhere)
+    paths = RunPaths(pretrained=Path(model["checkpoint"]), checkpoints=nowhere, tensorboard=nowhere)
     config = load_config(ROOT / "config" / "config.yaml").model_copy(update={"train": options})
-    whole = training_options(config, jobs["model"], paths, gpu=False)
+    whole = training_options(config, model["hf_config"], paths, gpu=False)
     for name in ("save", "load", "tensorboard_dir"):
         del whole[name]
     sys.argv = [sys.argv[0], *to_arguments(whole)]
@@ -49,14 +49,13 @@ def train(jobs: dict[str, Any], options: dict[str, Any]) -> list[float]:
         return log(loss_dict, *rest, **named)
 
     megatron_training.training_log = training_log
-    data = Path(jobs["data"])
     corpora = Corpora(
         prefixes=[data],
         weights=[[1.0, 1.0, 1.0]],
         splits=[[1.0, 0.0, 0.0]],
         seed=1,
         cache=data.with_name("cache"),
-        tokenizer=EndOfDocument(eod=0, vocab_size=jobs["model"]["vocab_size"]),
+        tokenizer=EndOfDocument(eod=0, vocab_size=model["hf_config"]["vocab_size"]),
     )
     container = pretrain_cfg_container_from_args(arguments, model_config(arguments))
     try:
@@ -99,15 +98,21 @@ def main() -> None:
 
     use_compiled_helpers()
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    found: dict[str, Any] = {}
-    for name, options in jobs["layouts"].items():
+    found: dict[str, dict[str, Any]] = {}
+    layouts = (
+        (model, name, options)
+        for model, by_name in jobs["layouts"].items()
+        for name, options in by_name.items()
+    )
+    for model, name, options in layouts:
         started = time.monotonic()
         try:
-            found[name] = train(jobs, options)
+            losses: Any = train(jobs["models"][model], Path(jobs["data"]), options)
         except Exception:  # noqa: BLE001  told by the test
-            found[name] = traceback.format_exc()
+            losses = traceback.format_exc()
+        found.setdefault(model, {})[name] = losses
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+            print(f"{model} {name}: {time.monotonic() - started:.1f} s", flush=True)
             Path(jobs["losses"]).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
