@@ -138,13 +138,8 @@ def test_data_of_another_kind_is_refused(
 
 def test_too_long_conversations_stop_a_run_that_does_not_say_what_to_do(chats: Workspace) -> None:
     words = chats.launch_words("sft-too-long", 1, {**OPTIONS, "seq_length": 32})
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "launch.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2
+    done = run_script("train.py", *words[words.index("--config") :])
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "conversations are longer than train.seq_length 32" in done.stdout
     assert not (chats.directory / "sft-too-long").exists()
 
@@ -152,6 +147,8 @@ def test_too_long_conversations_stop_a_run_that_does_not_say_what_to_do(chats: W
 # A model that is given the same conversations one by one, and packed
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LENGTH = 96
+"""Positions of a pack."""
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": MODELS["qwen3"],
     "qwen2-yarn": {**MODELS["qwen2"], "rope_scaling": YARN},
@@ -166,11 +163,11 @@ def run_model(directory: Path, shape: str, *, change: int | None = None) -> dict
         ids, targets = conversations[change]
         conversations[change] = ([(each + 1) % 250 for each in ids], targets)
     given = {
-        "facts": SHAPES[shape],
+        "facts": {**SHAPES[shape], "max_position_embeddings": LENGTH},
         "conversations": [ids for ids, _ in conversations],
         "targets": [targets for _, targets in conversations],
         "packs": [[3, 1, 2, 5], [6, 0, 4]],
-        "length": 96,
+        "length": LENGTH,
         "bf16": False,
     }
     source, output = directory / "given.json", directory / f"{change}.json"
@@ -187,9 +184,14 @@ def run_model(directory: Path, shape: str, *, change: int | None = None) -> dict
     return found
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_model(tmp_path_factory.mktemp("packed"), "qwen3")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_is_as_one_by_one(tmp_path: Path, shape: str) -> None:
-    found = run_model(tmp_path, shape)
+def test_packed_is_as_one_by_one(qwen3: dict[str, Any], tmp_path: Path, shape: str) -> None:
+    found = qwen3 if shape == "qwen3" else run_model(tmp_path, shape)
     alone, packed = found["alone"], found["packed"]
     assert len(alone["losses"]) == 7
     for one, other in zip(alone["losses"], packed["losses"], strict=True):
@@ -200,8 +202,8 @@ def test_packed_is_as_one_by_one(tmp_path: Path, shape: str) -> None:
         assert max(abs(a - b) for a, b in pairs) < 1e-5 * largest, name
 
 
-def test_a_conversation_reaches_no_neighbour(tmp_path: Path) -> None:
-    before = run_model(tmp_path, "qwen3")["packed"]["losses"]
+def test_a_conversation_reaches_no_neighbour(qwen3: dict[str, Any], tmp_path: Path) -> None:
+    before = qwen3["packed"]["losses"]
     after = run_model(tmp_path, "qwen3", change=1)["packed"]["losses"]
     changed = [number for number in range(7) if before[number] != after[number]]
     assert changed == [1]

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.skipif(
     reason="no GPU: run `uv sync --extra gpu && uv run pytest tests/gpu` on a machine that has one",
 )
 # Heads of a size that flash and fused attention take.
-FACTS = {**MODELS["qwen3"], "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}
+LENGTH = 256
+"""Positions of a pack."""
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}
+FACTS = {**MODELS["qwen3"], **SIZES, "max_position_embeddings": LENGTH}
 LOSS_BOUND = 2e-2  # of a conversation's loss, in bfloat16
 
 
@@ -37,7 +40,7 @@ def run_model(directory: Path, change: int | None = None) -> dict[str, Any]:
         "conversations": [ids for ids, _ in conversations],
         "targets": [targets for _, targets in conversations],
         "packs": [[3, 1, 2, 5], [6, 0, 4]],
-        "length": 256,
+        "length": LENGTH,
         "bf16": True,
     }
     source, output = directory / "given.json", directory / f"{change}.json"

@@ -43,10 +43,16 @@ def test_training_learns(checkout: Checkout) -> None:
 
 
 def test_the_gates_compare_chats(checkout: Checkout) -> None:
-    verdict = results(checkout, "export/parity.json")["results"]
+    verdict = results(checkout, "parity/export/parity.json")["results"]
     assert verdict["verdict"] == "passed"
-    assert "chat" in json.dumps(verdict)
-    assert "python-questions 1" in json.dumps(verdict)
+    assert {"perplexity", "trained loss"} <= {gate["name"] for gate in verdict["gates"]}
+    texts = {text["text"] for text in verdict["texts"]}
+    assert {"chat", "python-questions 1", "chat continued"} <= texts
+    evaluated = results(checkout, "train/manifest.json")["results"]["evaluations"]["test"]
+    measured = verdict["perplexity"]
+    assert measured["logged"] == evaluated["loss"] and measured["kind"] == "test"
+    # Of the assistant's turns alone.
+    assert 0 < measured["targets"] < evaluated["samples"] * 256
 
 
 def test_the_report_tells_targets_and_packing(checkout: Checkout) -> None:
