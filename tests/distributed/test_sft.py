@@ -138,13 +138,8 @@ def test_data_of_another_kind_is_refused(
 
 def test_too_long_conversations_stop_a_run_that_does_not_say_what_to_do(chats: Workspace) -> None:
     words = chats.launch_words("sft-too-long", 1, {**OPTIONS, "seq_length": 32})
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "launch.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2
+    done = run_script("train.py", *words[words.index("--config") :])
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "conversations are longer than train.seq_length 32" in done.stdout
     assert not (chats.directory / "sft-too-long").exists()
 
