@@ -17,6 +17,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, architecture: str) -> P
     return directory
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest -n, a file's tests run in one process: they share what its fixtures made."""
     for item in items:

@@ -30,6 +30,7 @@ from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
 
 from megaqwen.architecture import megatron_options  # noqa: E402
 from megaqwen.config.megatron_options import to_arguments  # noqa: E402
+from megaqwen.training import fused_kernels  # noqa: E402
 from megaqwen.training.arguments import CPU_OPTIONS, GPU_OPTIONS  # noqa: E402
 from megaqwen.training.model import model_config  # noqa: E402
 from megaqwen.training.packed_forward import conversation_bounds  # noqa: E402
@@ -45,6 +46,8 @@ def build(given: dict[str, Any]) -> Any:
     backend = "nccl" if GPU else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
+    if GPU:
+        fused_kernels.install()
     model_parallel_cuda_manual_seed(1)
     architecture = megatron_options(given["facts"], 1)
     fused = (

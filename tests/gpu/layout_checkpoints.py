@@ -147,8 +147,8 @@ class Checks:
     def take_over(self, workspace: Workspace, saved: Path, layout: dict[str, Any]) -> Path:
         """Put a checkpoint where a training under another layout resumes from; that directory."""
         config = workspace.config("after", self.options(layout))
-        digest = Layout(config=load_config(config)).stage_digest("train")
-        checkpoints = workspace.directory / "after" / "checkpoints" / digest
+        place = Layout(config=load_config(config)).checkpoints.name
+        checkpoints = workspace.directory / "after" / "checkpoints" / place
         iteration = f"iter_{SAVED:07d}"
         shutil.copytree(saved / iteration, checkpoints / iteration)
         (checkpoints / TRACKER).write_text(str(SAVED))

@@ -102,7 +102,7 @@ class Launched:
     def record(self) -> dict[str, Any]:
         """What is known of it once it ended."""
         facts = {**asdict(self.experiment), "seconds": round(time.monotonic() - self.started, 1)}
-        rows = self.rows()
+        rows = self.rows()[:LAST]  # before it ended it may have done more
         if len(rows) < LAST:
             return {**facts, "error": self.failure() or f"{len(rows)} iterations in its time"}
         return {**facts, **self.figures(rows)}

@@ -141,6 +141,8 @@ def training_run(case: Case, directory: Path) -> Any:
         "model": {"source": "path", "path": str(directory / "model")},
         "data": {"corpora": [corpus], "split": [100, 0, 0]},
         "train": train,
+        "checkpoints": {},
+        "tracking": {},
         "export": {},
         "parity": parity,
     }
