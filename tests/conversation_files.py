@@ -1,11 +1,18 @@
-"""Tokenized conversations on disk as preprocess writes them, without a tokenizer."""
+"""Conversations without a tokenizer: on disk as preprocess writes them, and through a model."""
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from commands import ROOT
 
 Conversation = tuple[list[int], list[int]]
 
@@ -34,3 +41,39 @@ def write_conversations(prefix: Path, conversations: Sequence[Conversation]) -> 
             builder.add_item(torch.tensor(conversation[column]))
             builder.end_document()
         builder.finalize(f"{path}.idx")
+
+
+def run_packed_model(
+    directory: Path, change: int | None = None, longest: int = 30, **given: Any
+) -> dict[str, Any]:
+    """What packed_model.py finds of seven conversations, alone and packed.
+
+    Args:
+        directory: For its files.
+        change: A conversation whose ids become others.
+        longest: Tokens of the longest conversation.
+        given: `facts`, `length`, `bf16` of packed_model.py; `environment` is laid over the own one.
+    """
+    environment: Mapping[str, str] = given.pop("environment")
+    conversations = random_conversations(7, longest=longest, vocabulary=250, seed=4)
+    if change is not None:
+        ids, targets = conversations[change]
+        conversations[change] = ([(each + 1) % 250 for each in ids], targets)
+    given |= {
+        "conversations": [ids for ids, _ in conversations],
+        "targets": [targets for _, targets in conversations],
+        "packs": [[3, 1, 2, 5], [6, 0, 4]],
+    }
+    source, output = directory / "given.json", directory / f"{change}.json"
+    source.write_text(json.dumps(given))
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "packed_model.py", source, output],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found

@@ -3,18 +3,14 @@
 The masks are uneven on purpose: a mean of micro batches' or ranks' means would be another number.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from commands import ROOT, run_script
-from conversation_files import random_conversations, write_conversations
+from commands import run_script
+from conversation_files import random_conversations, run_packed_model, write_conversations
 from megaqwen.provenance import read_json, write_json
 from megaqwen.training.metrics import read_metrics
 from small_models import MODELS
@@ -158,30 +154,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def run_model(directory: Path, shape: str, *, change: int | None = None) -> dict[str, Any]:
     """Losses and gradients; `change` is a conversation whose ids become others."""
-    conversations = random_conversations(7, longest=30, vocabulary=250, seed=4)
-    if change is not None:
-        ids, targets = conversations[change]
-        conversations[change] = ([(each + 1) % 250 for each in ids], targets)
-    given = {
-        "facts": {**SHAPES[shape], "max_position_embeddings": LENGTH},
-        "conversations": [ids for ids, _ in conversations],
-        "targets": [targets for _, targets in conversations],
-        "packs": [[3, 1, 2, 5], [6, 0, 4]],
-        "length": LENGTH,
-        "bf16": False,
-    }
-    source, output = directory / "given.json", directory / f"{change}.json"
-    source.write_text(json.dumps(given))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "packed_model.py", source, output],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+    facts = {**SHAPES[shape], "max_position_embeddings": LENGTH}
+    given = {"facts": facts, "length": LENGTH, "bf16": False}
+    return run_packed_model(directory, change, environment={"OMP_NUM_THREADS": "1"}, **given)
 
 
 @pytest.fixture(scope="module")
