@@ -137,7 +137,7 @@ def test_the_manifest_is_what_is_on_disk(everything: tuple[Path, str], folder: P
     directory, _ = everything
     manifest = read_json(directory / "manifest.json")
     results, card = manifest["results"], read_json(directory / "card.json")
-    assert {"tokenizer", "corpora"} == card.keys()
+    assert {"kind", "tokenizer", "corpora"} == card.keys() and card["kind"] == "pretrain"
     assert all(results[key] == card[key] for key in card)
     data = {path for path in directory.iterdir() if path.suffix in (".bin", ".idx")}
     assert len(data) == 6 and results["files"].keys() == {path.name for path in data}
