@@ -127,7 +127,9 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         logger.error("interrupted: nothing unfinished was kept under its final name")
         return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001  the boundary: everything ends as one message
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001  the boundary; CheckpointException is no Exception
         if is_disk_full(error):
             logger.error("error: the disk is full (%s): free some space, and run it again", error)
             return EXIT_BAD_INPUT

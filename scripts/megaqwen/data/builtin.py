@@ -9,10 +9,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 SHORTEST_DOCSTRING = 80  # characters: below that they say too little to be a document
-SHORTEST_ANSWER, LONGEST_ANSWER = (
-    20,
-    240,
-)  # characters: a conversation fits the tiny models' samples
+SHORTEST_ANSWER, LONGEST_ANSWER = 20, 240  # characters: it fits the tiny models' samples
 SYSTEM = "You explain Python's standard library in a few words."
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
 
@@ -72,13 +69,14 @@ def library_modules() -> Iterator[tuple[str, Path]]:
             yield ".".join(inside.with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def documented(path: Path) -> list[tuple[str, str]]:
+@functools.cache
+def documented(path: Path) -> tuple[tuple[str, str], ...]:
     """Names and docstrings of a module (without a name), its classes and functions, in source order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return []
+        return ()
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return [(getattr(node, "name", ""), ast.get_docstring(node) or "") for node in nodes]
+    return tuple((getattr(node, "name", ""), ast.get_docstring(node) or "") for node in nodes)

@@ -4,7 +4,10 @@ Before it the lease is looked at; after it, and before Megatron's tracker names 
 are recorded; checksums follow, and older checkpoints go, in the background.
 """
 
+import errno
 import logging
+import os
+import shutil
 import threading
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
 from megaqwen.config.sections import Checkpoints
@@ -20,7 +24,7 @@ from megaqwen.training.lease import check_held, token_of_launcher
 
 logger = logging.getLogger("megaqwen.training")
 
-
+FULL = 16 << 20  # bytes that are free on a disk which a checkpoint filled, at the most
 LAYOUT = {
     "tensor": "tensor_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
@@ -60,7 +64,10 @@ class Saving:
         def guarded(state_dict: Any, checkpoint_dir: Any, *words: Any, **named: Any) -> Any:
             directory = Path(checkpoint_dir)
             self.begin(directory)
-            request = save(state_dict, checkpoint_dir, *words, **named)
+            try:
+                request = save(state_dict, checkpoint_dir, *words, **named)
+            except CheckpointException as error:
+                raise what_failed(error, directory) from error
             if request is None:
                 self.end(directory)
             else:  # asynchronous: called on every rank before the tracker is written
@@ -101,6 +108,13 @@ class Saving:
         if self.background:
             self.background.join()
             self.background = None
+
+
+def what_failed(error: CheckpointException, directory: Path) -> Exception:
+    """A failed save as an error that can be told: Megatron's writer keeps a full disk to itself."""
+    if shutil.disk_usage(directory).free < FULL:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+    return RuntimeError(f"{directory} was not saved: {error}")
 
 
 def written_by(directory: Path, rank: int) -> list[str]:
