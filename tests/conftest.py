@@ -17,14 +17,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, architecture: str) -> P
     return directory
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest -n, a file's tests run in one process: they share what its fixtures made."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory of the tiny Qwen3; read it, never write to it."""
