@@ -45,6 +45,7 @@ from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
 from megaqwen.training.saving import Saving, changed_layout
 from megaqwen.training.waits import Waits
+from megaqwen.training.workers import ended_by_failure
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -100,9 +101,8 @@ def pretrain_run(run: TrainingRun) -> None:
         say_epochs(planned_epochs(run))
     container = pretrain_cfg_container_from_args(arguments, model)
     try:
-        with memory_advice(arguments.micro_batch_size):
-            step = waits.timed(step)
-            pretrain(container, provider, ModelType.encoder_or_decoder, step)
+        with memory_advice(arguments.micro_batch_size), ended_by_failure():
+            pretrain(container, provider, ModelType.encoder_or_decoder, waits.timed(step))
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()

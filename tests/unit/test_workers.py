@@ -1,0 +1,37 @@
+"""A rank whose training fails ends, though what loads its data ignores SIGTERM."""
+
+import subprocess
+import sys
+
+from commands import ROOT
+
+RANK = """
+import signal
+import torch
+from megaqwen.training.workers import ended_by_failure
+
+def ignore(_):  # as Megatron's loaders do
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+loader = iter(
+    torch.utils.data.DataLoader(
+        range(100), num_workers=2, persistent_workers=True, worker_init_fn=ignore
+    )
+)
+next(loader)
+with ended_by_failure():
+    raise ValueError("the training's own error")
+"""
+
+
+def test_a_failed_rank_ends_with_its_own_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RANK],
+        env={"PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ValueError: the training's own error" in done.stderr
