@@ -25,7 +25,7 @@ from pathlib import Path
 
 from megaqwen.checkpoints import newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
-from megaqwen.errors import InputError, is_disk_full
+from megaqwen.errors import InputError, disk_is_full, is_disk_full
 from megaqwen.training import attempts
 from megaqwen.training.launch import Launch
 from megaqwen.training.lease import Lease, leased
@@ -72,7 +72,7 @@ def main() -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        log.say(f"error: the disk is full ({error}): free some space, and run it again", "ERROR")
+        log.say(disk_is_full(error), "ERROR")
     return EXIT_BAD_INPUT
 
 

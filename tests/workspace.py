@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from commands import ROOT, run_script, write_config
+from megaqwen.checkpoints import TRACKER
 from megaqwen.config import load_config
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
 from megaqwen.training.metrics import read_metrics
 
-TRACKER = "latest_checkpointed_iteration.txt"
 OPTIONS: dict[str, Any] = {
     "seq_length": 64,
     "micro_batch_size": 2,

@@ -197,10 +197,14 @@ def remove(directory: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
+def finished_iterations(root: Path) -> list[int]:
+    """The iterations whose saves came to their end, in order."""
+    return [each for each in iterations(root) if is_finished(root / iteration_name(each))]
+
+
 def newest_finished(root: Path) -> int:
     """The newest iteration whose save came to its end; 0 where there is none."""
-    finished = (each for each in iterations(root) if is_finished(root / iteration_name(each)))
-    return max(finished, default=0)
+    return max(finished_iterations(root), default=0)
 
 
 def superfluous(saved: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:
@@ -217,8 +221,7 @@ def superfluous(saved: Iterable[int], *, keep_last: int, keep_every: int) -> lis
 
 def prune(root: Path, *, keep_last: int, keep_every: int) -> list[int]:
     """Remove the checkpoints that are superfluous now that another one is whole; returns them."""
-    finished = [each for each in iterations(root) if is_finished(root / iteration_name(each))]
-    going = superfluous(finished, keep_last=keep_last, keep_every=keep_every)
+    going = superfluous(finished_iterations(root), keep_last=keep_last, keep_every=keep_every)
     for iteration in going:
         remove(root / iteration_name(iteration))
     return going

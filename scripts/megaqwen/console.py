@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from megaqwen.errors import InputError, Stopped, is_disk_full
+from megaqwen.errors import InputError, Stopped, disk_is_full, is_disk_full
 
 LOGGER_NAME = "megaqwen"
 EXIT_FAILED = 1
@@ -131,7 +131,7 @@ def run_command(
         raise
     except BaseException as error:  # noqa: BLE001  the boundary; CheckpointException is no Exception
         if is_disk_full(error):
-            logger.error("error: the disk is full (%s): free some space, and run it again", error)
+            logger.error("%s", disk_is_full(error))
             return EXIT_BAD_INPUT
         traceback.print_exc()
         where = f" (traceback: {arguments.log})" if arguments.log else ""

@@ -17,6 +17,11 @@ class Stopped(Exception):
     """
 
 
+def disk_is_full(error: BaseException) -> str:
+    """The message of an error that `is_disk_full`."""
+    return f"error: the disk is full ({error}): free some space, and run it again"
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a full disk or an exhausted quota.
 

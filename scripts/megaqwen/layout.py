@@ -30,13 +30,22 @@ RECIPE = {
 
 # How a training is shared out among ranks. Megatron's checkpoints load under any of it, so that a stopped
 # training goes on under another. (The two optimizers save differently.)
-LAYOUT_OPTIONS = """
-    tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size
-    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
-    microbatch_group_size_per_vp_stage pipeline_model_parallel_layout
-    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size"""
+LAYOUT_OPTIONS = {
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "microbatch_group_size_per_vp_stage",
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +176,7 @@ class Layout:
         Another parallel layout does: it computes the same, but for the order of sums.
         """
         config = self.stage_config("train")
-        train = {k: v for k, v in config["train"].items() if k not in LAYOUT_OPTIONS.split()}
+        train = {k: v for k, v in config["train"].items() if k not in LAYOUT_OPTIONS}
         return self.run / "train" / "checkpoints" / digest({**config, "train": train})
 
 

@@ -1,7 +1,7 @@
 """Speed and memory of tokenization with Qwen's own vocabulary, over text that this machine has.
 
-    uv run python tests/benchmarks/tokenization.py speed --directory /tmp/tokens --megabytes 250
-    uv run python tests/benchmarks/tokenization.py memory --directory /tmp/tokens --megabytes 50 500 2000
+    uv run python tests/benchmarks/tokenization.py speed --directory DIR --megabytes 250
+    uv run python tests/benchmarks/tokenization.py memory --directory DIR --megabytes 50 500 2000
 
 `speed` measures, in turn and each in a process of its own: a corpus from JSON lines to .bin, .idx and
 card; gigatoken's bare encode of the same documents, which lie in memory already; and, over a part of

@@ -11,21 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from forgetting import forget
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 
 def relayout(options: dict[str, Any], load: str, save: str) -> None:
     """Build the model under a layout, load it, and save it."""
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-    from megatron.training import global_vars, initialize
+    from megatron.training import initialize
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
-    from torch.distributed import distributed_c10d
 
     from megaqwen.config.megatron_options import to_arguments
     from megaqwen.training.datasets import use_compiled_helpers
@@ -40,14 +37,7 @@ def relayout(options: dict[str, Any], load: str, save: str) -> None:
     model = builder.build_distributed_models(groups, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     save_checkpoint(1, model, None, None, 0)
-    parallel_state.destroy_model_parallel()
-    for group in list(distributed_c10d._world.pg_map):  # or their threads pile up
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
-    destroy_num_microbatches_calculator()
-    destroy_rerun_state_machine()
-    global_vars.destroy_global_vars()
-    global_vars.unset_global_variables()
+    forget()
 
 
 def main() -> None:

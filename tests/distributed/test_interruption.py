@@ -20,10 +20,11 @@ import psutil
 import pytest
 
 from commands import ROOT
+from megaqwen.checkpoints import TRACKER
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import KILLED, read_attempts
 from megaqwen.training.lease import this_process
-from workspace import TRACKER, Workspace, losses
+from workspace import Workspace, losses
 
 RANK = """
 import os, pathlib, signal, subprocess, sys, time

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from commands import ROOT
-from megaqwen.checkpoints import FILES, is_finished, iterations
+from megaqwen.checkpoints import FILES, TRACKER, is_finished, iterations
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import read_attempts
-from workspace import TRACKER, Workspace, differing, losses, weights
+from workspace import Workspace, differing, losses, weights
 
 RANKS = 2
 OPTIONS: dict[str, Any] = {

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from commands import run_script
+from megaqwen.checkpoints import TRACKER
 from megaqwen.provenance import read_json
-from workspace import TRACKER, Workspace, script
+from workspace import Workspace, script
 
 TWO_RANKS = {"use_distributed_optimizer": True, "eval_iters": 2}
 SAMPLES = 8  # of the last evaluation: two global batches of four

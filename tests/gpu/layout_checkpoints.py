@@ -25,9 +25,10 @@ import psutil
 from layout_plan import ON_GPU_ALONE
 
 from commands import ROOT
+from megaqwen.checkpoints import TRACKER
 from megaqwen.config import load_config
 from megaqwen.layout import Layout
-from workspace import TRACKER, Workspace, largest_difference, losses, prepare
+from workspace import Workspace, largest_difference, losses, prepare
 
 SAVED, ITERATIONS = 8, 24
 START_SECONDS = 280.0  # to train so far; a stage has 300

@@ -19,6 +19,7 @@ import numpy
 import psutil
 from training_cases import TRAIN, Case
 
+from megaqwen.checkpoints import TRACKER
 from megaqwen.environment import prepare_gpu
 
 STARTED = (
@@ -246,7 +247,7 @@ def watch(
             save(*words, **named)
             record.setdefault("saves", []).append(round(time.time() - began, 2))
         else:  # the stage asks at its end whether its last iteration was saved
-            (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(words[0]))
+            (checkpoints / TRACKER).write_text(str(words[0]))
 
     training.initialize_megatron, training.setup_model_and_optimizer = timed_initialize, timed_setup
     training.train_step, training.save_checkpoint_and_time = timed_step, timed_save

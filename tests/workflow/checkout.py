@@ -1,5 +1,6 @@
 """A copy of the repository to run Snakemake in, and stages that are done in no time."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -82,6 +84,11 @@ class Checkout:
         assert process.returncode == 0, process.stdout
         return sorted(ran.read_text().split())
 
+    def results(self, run: str, name: str) -> Any:
+        """A JSON file of a run."""
+        path = self.directory / "results" / "runs" / run / name
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def edit(self, path: str, old: str, new: str) -> None:
         """Replace the only occurrence of `old` in a file."""
         file = self.directory / path
@@ -104,6 +111,23 @@ def copy_repository(directory: Path) -> Checkout:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, directory / name, follow_symlinks=False)
     return Checkout(directory)
+
+
+def run_tuning(directory: Path, model: Path, *words: str) -> Checkout:
+    """A copy in which a shipped experiment ran that tunes what the default run exports.
+
+    Args:
+        directory: Where.
+        model: The Hugging Face model that takes the default run's place.
+        words: What Snakemake is asked for.
+    """
+    checkout = copy_repository(directory)
+    shutil.copytree(model, directory / "results" / "runs" / "default" / "export" / "hf")
+    done = checkout.snakemake("--profile", "local", *words)
+    assert done.returncode == 0, done.stdout
+    for crossing in ("convert", "export"):
+        assert f"parity after {crossing}: passed" in done.stdout
+    return checkout
 
 
 def put_stubs(checkout: Checkout) -> None:

@@ -1,15 +1,13 @@
 """The shipped experiment for continued pretraining, as it stands, through the whole DAG."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from checkout import Checkout, copy_repository
+from checkout import Checkout, run_tuning
 
 from megaqwen.training.metrics import read_metrics
 
+RUN = "continued-pretraining"
 WORDS = ("all", "--configfile", "config/experiments/continued-pretraining.yaml")
 
 pytestmark = pytest.mark.slow
@@ -18,24 +16,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path) -> Checkout:
     """A clone in which there is a model where the default run exports one, and what continues it."""
-    checkout = copy_repository(tmp_path_factory.mktemp("continued"))
-    exported = checkout.directory / "results" / "runs" / "default" / "export" / "hf"
-    shutil.copytree(tiny_qwen3, exported)
-    done = checkout.snakemake("--profile", "local", *WORDS)
-    assert done.returncode == 0, done.stdout
-    for crossing in ("convert", "export"):
-        assert f"parity after {crossing}: passed" in done.stdout
-    return checkout
-
-
-def results(checkout: Checkout, name: str) -> Any:
-    """A file of the run."""
-    run = checkout.directory / "results" / "runs" / "continued-pretraining"
-    return json.loads((run / name).read_text(encoding="utf-8"))
+    return run_tuning(tmp_path_factory.mktemp("continued"), tiny_qwen3, *WORDS)
 
 
 def test_training_learns(checkout: Checkout) -> None:
-    train = results(checkout, "train/manifest.json")["results"]
+    train = checkout.results(RUN, "train/manifest.json")["results"]
     assert train["last_loss"] < train["first_loss"] - 1
     metrics = checkout.directory / "results/runs/continued-pretraining/train" / train["metrics"]
     validated = [each for each in read_metrics(metrics) if "validation_loss" in each]
@@ -44,7 +29,7 @@ def test_training_learns(checkout: Checkout) -> None:
 
 
 def test_the_data_card_tells_what_was_drawn(checkout: Checkout) -> None:
-    corpora = results(checkout, "report/data.json")["corpora"]
+    corpora = checkout.results(RUN, "report/data.json")["corpora"]
     drawn = {name: card["drawn"] for name, card in corpora.items()}
     assert {name: set(each) for name, each in drawn.items()} == {
         "code": {"train", "valid"},

@@ -1,15 +1,13 @@
 """The shipped experiment for SFT, as it stands, through the whole DAG."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from checkout import Checkout, copy_repository
+from checkout import Checkout, run_tuning
 
 from megaqwen.training.metrics import read_metrics
 
+RUN = "sft"
 WORDS = ("all", "--configfile", "config/experiments/sft.yaml")
 
 pytestmark = pytest.mark.slow
@@ -18,22 +16,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path) -> Checkout:
     """A clone in which there is a model where the default run exports one, and what tunes it."""
-    checkout = copy_repository(tmp_path_factory.mktemp("sft"))
-    exported = checkout.directory / "results" / "runs" / "default" / "export" / "hf"
-    shutil.copytree(tiny_qwen3, exported)
-    done = checkout.snakemake("--profile", "local", *WORDS)
-    assert done.returncode == 0, done.stdout
-    return checkout
-
-
-def results(checkout: Checkout, name: str) -> Any:
-    """A file of the run."""
-    run = checkout.directory / "results" / "runs" / "sft"
-    return json.loads((run / name).read_text(encoding="utf-8"))
+    return run_tuning(tmp_path_factory.mktemp("sft"), tiny_qwen3, *WORDS)
 
 
 def test_training_learns(checkout: Checkout) -> None:
-    train = results(checkout, "train/manifest.json")["results"]
+    train = checkout.results(RUN, "train/manifest.json")["results"]
     assert train["last_loss"] < train["first_loss"] - 1
     assert train["test_loss"] is not None
     metrics = checkout.directory / "results/runs/sft/train" / train["metrics"]
@@ -43,12 +30,12 @@ def test_training_learns(checkout: Checkout) -> None:
 
 
 def test_the_gates_compare_chats(checkout: Checkout) -> None:
-    verdict = results(checkout, "parity/export/parity.json")["results"]
+    verdict = checkout.results(RUN, "parity/export/parity.json")["results"]
     assert verdict["verdict"] == "passed"
     assert {"perplexity", "trained loss"} <= {gate["name"] for gate in verdict["gates"]}
     texts = {text["text"] for text in verdict["texts"]}
     assert {"chat", "python-questions 1", "chat continued"} <= texts
-    evaluated = results(checkout, "train/manifest.json")["results"]["evaluations"]["test"]
+    evaluated = checkout.results(RUN, "train/manifest.json")["results"]["evaluations"]["test"]
     measured = verdict["perplexity"]
     assert measured["logged"] == evaluated["loss"] and measured["kind"] == "test"
     # Of the assistant's turns alone.
@@ -56,7 +43,7 @@ def test_the_gates_compare_chats(checkout: Checkout) -> None:
 
 
 def test_the_report_tells_targets_and_packing(checkout: Checkout) -> None:
-    card = results(checkout, "report/data.json")["corpora"]["python-questions"]
+    card = checkout.results(RUN, "report/data.json")["corpora"]["python-questions"]
     facts = card["drawn"]["train"]
     assert 0 < facts["target_tokens"] < facts["tokens"]
     page = (checkout.directory / "results/runs/sft/report/report.html").read_text(encoding="utf-8")

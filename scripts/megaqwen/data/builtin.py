@@ -60,13 +60,16 @@ def builtin_conversations() -> tuple[dict[str, Any], ...]:
     return tuple(conversations)
 
 
-def library_modules() -> Iterator[tuple[str, Path]]:
+@functools.cache
+def library_modules() -> tuple[tuple[str, Path], ...]:
     """The standard library's modules by their dotted names, sorted by path."""
     library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if LEFT_OUT.isdisjoint(inside.parts):
-            yield ".".join(inside.with_suffix("").parts).removesuffix(".__init__"), path
+    inside = (path.relative_to(library) for path in sorted(library.rglob("*.py")))
+    return tuple(
+        (".".join(path.with_suffix("").parts).removesuffix(".__init__"), library / path)
+        for path in inside
+        if LEFT_OUT.isdisjoint(path.parts)
+    )
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 import psutil
@@ -45,18 +46,14 @@ class Staging:
 
         torch.save writes the whole storage of a tensor. None where the host has too little memory.
         """
-        ends, end = [], 0
-        for original in originals:
-            end += -(-original.nbytes // ALIGNMENT) * ALIGNMENT
-            ends.append(end)
-        if not self.grow(end):
+        begins = [0, *accumulate(aligned(original.nbytes) for original in originals)]
+        if not self.grow(begins.pop()):
             return None
         places = []
-        for original, end in zip(originals, ends, strict=True):
+        for original, begin in zip(originals, begins, strict=True):
             if not original.nbytes:
                 places.append(torch.empty(original.shape, dtype=original.dtype))
                 continue
-            begin = end - -(-original.nbytes // ALIGNMENT) * ALIGNMENT
             buffer = memoryview(self.memory.numpy())[begin : begin + original.nbytes]
             places.append(torch.frombuffer(buffer, dtype=original.dtype).view(original.shape))
         return places
@@ -88,6 +85,11 @@ class Staging:
             runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0)
         else:
             runtime.cudaHostUnregister(self.memory.data_ptr())
+
+
+def aligned(size: int) -> int:
+    """So many bytes, and what it takes to the next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def touch(memory: torch.Tensor) -> None:

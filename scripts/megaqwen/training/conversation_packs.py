@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megaqwen.errors import InputError
 from megaqwen.provenance import digest, read_json, write_json
-from megaqwen.training.packing import pack
+from megaqwen.training.packing import Packs, pack
 
 CHUNK = 1 << 26
 """Targets, a byte each, that are summed at a time."""
@@ -53,22 +53,10 @@ class PackFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationPacks:
+class ConversationPacks(Packs):
     """Conversations by their number in the corpus, in packs."""
 
-    order: NDArray[numpy.int64]
-    """[conversations in packs]."""
-    bounds: NDArray[numpy.int64]
-    """[packs + 1]: pack p holds order[bounds[p] : bounds[p + 1]]."""
     facts: PackFacts
-
-    def __len__(self) -> int:
-        """How many packs there are."""
-        return self.facts.packs
-
-    def __getitem__(self, number: int) -> NDArray[numpy.int64]:
-        """The conversations of a pack."""
-        return self.order[self.bounds[number] : self.bounds[number + 1]]
 
 
 def stored_packs(
@@ -128,7 +116,7 @@ def make_packs(
 ) -> ConversationPacks:
     """Choose the conversations that are kept, and pack them."""
     lengths = files.lengths[share.start : share.stop].astype(numpy.int64)
-    longer = lengths > sequence_length
+    longer, longest = lengths > sequence_length, int(lengths.max())
     if too_long == "error":
         check_longest(files.prefix.name, lengths, sequence_length)
     targets = target_counts(files, share)
@@ -148,7 +136,7 @@ def make_packs(
         documents=len(share),
         truncated=int(longer[chosen].sum()),
         dropped=len(share) - len(chosen),
-        longest=int(files.lengths[share.start : share.stop].max()),
+        longest=longest,
         packs=len(packed),
         tokens=int(lengths[chosen].sum()),
         target_tokens=int(targets.sum()),

@@ -1,7 +1,8 @@
 """How often a run goes through each corpus: in training, and in all its validations and its test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -28,29 +29,13 @@ def epochs(
         samples: How many the run takes of the training, validation and test split.
         sequence_length: Tokens of a sample.
     """
-    totals = [sum(column) for column in zip(*corpora.weights, strict=True)]
-    found = []
-    for prefix, weights, split in zip(
-        corpora.prefixes, corpora.weights, corpora.splits, strict=True
-    ):
-        dataset = IndexedDataset(str(prefix))  # its arrays live as long as it does
-        parts = split_documents(len(dataset), split)
-        facts = {}
-        for name, part, weight, total, wanted in zip(
-            SPLITS, parts, weights, totals, samples, strict=True
-        ):
-            if weight and wanted:
-                lengths = dataset.sequence_lengths[part.start : part.stop]
-                tokens = int(lengths.sum(dtype=numpy.int64))
-                drawn = wanted * weight / total
-                facts[name] = {
-                    "documents": len(part),
-                    "tokens": tokens,
-                    "samples": round(drawn),
-                    "epochs": drawn * sequence_length / tokens,
-                }
-        found.append(facts)
-    return found
+
+    def describe(dataset: IndexedDataset, part: range) -> tuple[dict[str, Any], float]:
+        lengths = dataset.sequence_lengths[part.start : part.stop]
+        tokens = int(lengths.sum(dtype=numpy.int64))
+        return {"documents": len(part), "tokens": tokens}, tokens / sequence_length
+
+    return drawn_parts(corpora, samples, lambda prefix: IndexedDataset(str(prefix)), describe)
 
 
 def conversation_epochs(
@@ -64,28 +49,44 @@ def conversation_epochs(
         sequence_length: Positions of a sample.
         too_long: data.too_long.
     """
+
+    def describe(files: ConversationFiles, part: range) -> tuple[dict[str, Any], float]:
+        packs = stored_packs(
+            files, part, sequence_length, too_long=too_long, seed=corpora.seed, cache=corpora.cache
+        )
+        return asdict(packs.facts), len(packs)
+
+    return drawn_parts(corpora, samples, ConversationFiles, describe)
+
+
+def drawn_parts[Files: Sized](
+    corpora: Corpora,
+    samples: Sequence[int],
+    read: Callable[[Path], Files],
+    describe: Callable[[Files, range], tuple[dict[str, Any], float]],
+) -> list[dict[str, dict[str, Any]]]:
+    """Of each corpus, for each split that draws from it: what `describe` says, samples and epochs.
+
+    Args:
+        corpora: The run's.
+        samples: How many the run takes of the training, validation and test split.
+        read: Opens a corpus by its prefix.
+        describe: Facts of a split's documents, and how many samples an epoch of them is.
+    """
     totals = [sum(column) for column in zip(*corpora.weights, strict=True)]
     found = []
     for prefix, weights, split in zip(
         corpora.prefixes, corpora.weights, corpora.splits, strict=True
     ):
-        files = ConversationFiles(prefix)
+        files = read(prefix)  # its arrays live as long as it does
         parts = split_documents(len(files), split)
-        facts = {}
+        drawn = {}
         for name, part, weight, total, wanted in zip(
             SPLITS, parts, weights, totals, samples, strict=True
         ):
             if weight and wanted:
-                packs = stored_packs(
-                    files,
-                    part,
-                    sequence_length,
-                    too_long=too_long,
-                    seed=corpora.seed,
-                    cache=corpora.cache,
-                )
-                drawn = wanted * weight / total
-                counts = {"samples": round(drawn), "epochs": drawn / len(packs)}
-                facts[name] = {**asdict(packs.facts), **counts}
-        found.append(facts)
+                facts, epoch = describe(files, part)
+                taken = wanted * weight / total
+                drawn[name] = {**facts, "samples": round(taken), "epochs": taken / epoch}
+        found.append(drawn)
     return found

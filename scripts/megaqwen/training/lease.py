@@ -23,6 +23,7 @@ import psutil
 
 from megaqwen.errors import InputError
 from megaqwen.provenance import iso_time
+from megaqwen.training.supervise import is_alive
 from megaqwen.words import duration
 
 NAME = "lease.json"
@@ -61,8 +62,7 @@ class Owner:
         """Whether its process is there; ask only where `is_here`."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_started) < 1
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return abs(process.create_time() - self.process_started) < 1 and is_alive(process)
         return False
 
 
@@ -274,8 +274,7 @@ def left_behind(token: str) -> list[int]:
 def has_token(process: psutil.Process, token: str) -> bool:
     """Whether a process was started under a lease; of another user's nothing is known."""
     try:
-        running = process.status() != psutil.STATUS_ZOMBIE
-        return running and process.environ().get(VARIABLE) == token
+        return is_alive(process) and process.environ().get(VARIABLE) == token
     except (psutil.Error, OSError):
         return False
 

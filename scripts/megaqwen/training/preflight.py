@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megaqwen.checkpoints import TRACKER
 from megaqwen.config import Config, load_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
@@ -48,7 +49,7 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
     data = read_json(existing(arguments.data / "manifest.json", "preprocess"))
     check_kind(data["results"], config.data.kind)
     check_tokenizer(data["results"]["tokenizer"], arguments.model, arguments.data)
-    existing(arguments.checkpoint / "latest_checkpointed_iteration.txt", "convert")
+    existing(arguments.checkpoint / TRACKER, "convert")
     mistakes = check_model_fits(config, hf_config, world_size)
     if mistakes:
         raise InputError("\n  ".join(["this training does not fit:", *mistakes]))

@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 
 WARPS = 8  # of a program of forward
-ROWS = {
-    True: 16,
-    False: 4,
-}  # tokens of a program of backward; with norms it sums their gradients up
+# Of a program of backward, with norms, whose gradients it sums up, and without.
+ROWS = {True: 16, False: 4}  # tokens
 BACKWARD_WARPS = {True: 2, False: 4}
 
 

@@ -39,7 +39,6 @@ from megaqwen.weights.workers import LEAST_MEMORY, Flusher, MemoryBudget, Progre
 
 FILE_BYTES = 500 * 10**6  # enough files for the workers, few enough for the file system
 BUFFER_BYTES = 2**20  # torch.save writes in many small pieces
-
 RELEASE = "release"  # Megatron's word for a checkpoint that no training saved
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # A lower version would make Megatron reorder query, key and value.
