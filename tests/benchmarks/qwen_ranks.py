@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import unicodedata
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ def fetch_ranks(directory: Path) -> Path:
     """qwen.tiktoken out of the wheel."""
     path = directory / "qwen.tiktoken"
     if not path.is_file():
-        with urllib.request.urlopen(f"https://pypi.org/pypi/{WHEEL}/json") as answer:
+        page = f"https://pypi.org/pypi/{WHEEL}/json"
+        with urllib.request.urlopen(page) as answer:
             files = json.load(answer)["urls"]
         (url,) = (each["url"] for each in files if each["packagetype"] == "bdist_wheel")
         wheel = directory / "dashscope.whl"
-        urllib.request.urlretrieve(url, wheel)
+        urllib.request.urlretrieve(urllib.parse.urljoin(page, url), wheel)
         with zipfile.ZipFile(wheel) as archive:
             path.write_bytes(archive.read(RANKS))
     return path
