@@ -22,6 +22,7 @@ from commands import ROOT
 from megaqwen.checkpoints import FILES, TRACKER, is_finished, iterations
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import read_attempts
+from megaqwen.training.supervise import is_alive
 from workspace import Workspace, differing, losses, weights
 
 RANKS = 2
@@ -75,14 +76,20 @@ class Training:
         return said
 
     def hurt(self, when: Callable[[], object], how: Callable[[subprocess.Popen[str]], None]) -> str:
-        """Start it, do something to it at some moment, and wait for its end; what it said."""
+        """Start it, do something to it at some moment, and wait for its end; what it said.
+
+        Nothing that it started is left.
+        """
         with self.started() as process:
             end = time.monotonic() + SECONDS
             while not when():
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.002)
+            below = psutil.Process(process.pid).children(recursive=True)
             how(process)
             said, _ = process.communicate(timeout=SECONDS)
+            _, left = psutil.wait_procs(below, timeout=20)
+            assert not [each.cmdline() for each in left if is_alive(each)]
         assert process.returncode != 0, said
         return said
 

@@ -24,6 +24,7 @@ import psutil
 WATCH_SECONDS = 2.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+CHILD_SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
 
 class Ranks:
@@ -49,6 +50,7 @@ class Ranks:
         self.say = say
         self.signal: signal.Signals | None = None
         """The first that asked to stop."""
+        adopt_orphans()
         self.process = subprocess.Popen(
             command, start_new_session=True, preexec_fn=end_with_parent, **settings
         )
@@ -56,12 +58,17 @@ class Ranks:
             signal.signal(number, self.stop)
 
     def wait(self) -> int:
-        """Wait until the launcher and every rank ended.
+        """Wait until the launcher and every rank ended, and end what a rank that was killed left behind.
+
+        As Megatron's writing of checkpoints starts one, which would wait for its rank for ever.
 
         Returns:
             The launcher's exit status; after a signal that kept it from ending well, 128 plus the signal.
         """
         code = self.process.wait()
+        for left in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
         if self.signal and code:
             return 128 + self.signal
         return code if code >= 0 else 128 - code
@@ -134,3 +141,9 @@ def end_with_parent() -> None:
     """In the launcher before it starts: SIGTERM to it when this process is killed. Linux has that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Be the parent of what a process below this one leaves when it ends. Linux has that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(CHILD_SUBREAPER, 1)
