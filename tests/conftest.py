@@ -1,9 +1,13 @@
 """Fixtures that several rooms' tests share."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# The tests start hundreds of processes: with it each would compile thousands of files again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if TYPE_CHECKING:
     from workspace import Workspace
