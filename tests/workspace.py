@@ -78,10 +78,12 @@ class Workspace:
         model = {"source": "tiny", "architecture": self.architecture, "seed": 1234}
         return write_config(path, data=data, train=train, model=model, **sections)
 
-    def launch_words(self, name: str, ranks: int, options: Mapping[str, Any]) -> list[str]:
+    def launch_words(
+        self, name: str, ranks: int, options: Mapping[str, Any], **sections: Any
+    ) -> list[str]:
         """The words after launch.py that train, or resume, in the directory `name`."""
         output = self.directory / name
-        config = self.config(name, options)
+        config = self.config(name, options, **sections)
         checkpoints = output / "checkpoints" / Layout(config=load_config(config)).checkpoints.name
         words = (
             *("--launcher", "torchrun", "--ranks-per-node", ranks),
@@ -99,9 +101,11 @@ class Workspace:
         ranks: int,
         options: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
+        **sections: Any,
     ) -> Path:
         """Train, or resume; the directory with metrics.jsonl and the checkpoints."""
-        script("launch.py", *self.launch_words(name, ranks, options), environment=environment)
+        words = self.launch_words(name, ranks, options, **sections)
+        script("launch.py", *words, environment=environment)
         (checkpoints,) = (self.directory / name / "checkpoints").iterdir()
         return checkpoints
 

@@ -4,6 +4,8 @@ In float32 the two differ by the order of sums alone: the first loss within 1e-4
 1e-3. test_training_layouts.py has the other layouts, test_kills.py resumption from one layout to another.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,25 @@ from megaqwen.provenance import read_json
 from workspace import Workspace, differing, forget_after, losses, weights
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
-DISTRIBUTED_OPTIMIZER = {"use_distributed_optimizer": True}
+OFFLINE = {"WANDB_MODE": "offline"}
 
 
-@pytest.fixture(scope="session")
+def train_one_rank(workspace: Workspace) -> Path:
+    return workspace.train("one-rank", 1, {}, OFFLINE, tracking={"wandb_project": "qwen"})
+
+
+def train_data_parallel(workspace: Workspace) -> Path:
+    return workspace.train("data-parallel", 2, {"use_distributed_optimizer": True})
+
+
+@pytest.fixture(scope="module")
 def one_rank(workspace: Workspace) -> Path:
-    return workspace.train("one-rank", 1, {})
+    return train_one_rank(workspace)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_parallel(workspace: Workspace) -> Path:
-    return workspace.train("data-parallel", 2, DISTRIBUTED_OPTIMIZER)
+    return train_data_parallel(workspace)
 
 
 def test_one_rank_learns(workspace: Workspace, one_rank: Path) -> None:
@@ -43,17 +53,30 @@ def test_two_ranks_train_alike(one_rank: Path, data_parallel: Path) -> None:
     assert max(abs(a - b) for a, b in zip(expected, curve, strict=True)) < LOSS_BOUND
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "data_parallel"])
+def test_the_tracker_has_the_curve(one_rank: Path) -> None:
+    (file, *_) = sorted(one_rank.glob("wandb/offline-run-*/*.wandb"))
+    content = file.read_bytes()
+    assert [json.dumps(loss).encode() in content for loss in losses(one_rank)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "train", "last_rank"),
+    [("one_rank", train_one_rank, 0), ("data_parallel", train_data_parallel, 1)],
+    ids=["one rank", "data parallel"],
+)
 def test_resuming_ends_in_the_same_bits(
-    request: pytest.FixtureRequest, workspace: Workspace, layout: str
+    request: pytest.FixtureRequest,
+    workspace: Workspace,
+    layout: str,
+    train: Callable[[Workspace], Path],
+    last_rank: int,
 ) -> None:
     straight: Path = request.getfixturevalue(layout)
     expected, curve = weights(workspace, straight, 4), losses(straight)
     forget_after(straight, 2)
+    assert train(workspace) == straight
     name = straight.parents[1].name
-    ranks, options = (1, {}) if layout == "one_rank" else (2, DISTRIBUTED_OPTIMIZER)
-    assert workspace.train(name, ranks, options) == straight
-    log = (workspace.directory / f"{name}.log.rank{ranks - 1}.log").read_text()
+    log = (workspace.directory / f"{name}.log.rank{last_rank}.log").read_text()
     assert "resuming after iteration 2" in log
     assert losses(straight) == curve
     assert differing(weights(workspace, straight, 4), expected) == []
