@@ -27,8 +27,10 @@ def relayout(options: dict[str, Any], load: str, save: str) -> None:
     from megaqwen.config.megatron_options import to_arguments
     from megaqwen.training.datasets import use_compiled_helpers
     from megaqwen.training.model import model_config
+    from megaqwen.training.saving import write_without_a_process
 
     use_compiled_helpers()
+    write_without_a_process()
     sys.argv = [sys.argv[0], *to_arguments({**options, "load": load, "save": save})]
     arguments = parse_and_validate_args()
     initialize.initialize_megatron(allow_no_cuda=True)

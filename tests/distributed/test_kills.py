@@ -78,7 +78,7 @@ class Training:
     def hurt(self, when: Callable[[], object], how: Callable[[subprocess.Popen[str]], None]) -> str:
         """Start it, do something to it at some moment, and wait for its end; what it said.
 
-        Nothing that it started is left.
+        Nothing that it started is left, and a rank started no Python from the beginning.
         """
         with self.started() as process:
             end = time.monotonic() + SECONDS
@@ -86,6 +86,7 @@ class Training:
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.002)
             below = psutil.Process(process.pid).children(recursive=True)
+            assert not [each for each in below if "spawn_main" in " ".join(each.cmdline())]
             how(process)
             said, _ = process.communicate(timeout=SECONDS)
             _, left = psutil.wait_procs(below, timeout=20)

@@ -43,7 +43,7 @@ from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
 from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
-from megaqwen.training.saving import Saving, changed_layout
+from megaqwen.training.saving import Saving, changed_layout, write_without_a_process
 from megaqwen.training.waits import Waits
 from megaqwen.training.workers import ended_by_failure
 
@@ -81,6 +81,8 @@ def pretrain_run(run: TrainingRun) -> None:
     resumed = tracked_iteration(run.checkpoints)
     saving = Saving(run.checkpoints, run.config.checkpoints)
     saving.install()
+    if not arguments.async_save:
+        write_without_a_process()
     if resumed == arguments.train_iters:
         # Stopped after its last save: what is left is to evaluate. There are no samples to load.
         arguments.skip_train = arguments.no_load_optim = True

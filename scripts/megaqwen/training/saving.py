@@ -7,6 +7,7 @@ are recorded; checksums follow, and older checkpoints go, in the background.
 import errno
 import logging
 import os
+import queue
 import shutil
 import threading
 from argparse import Namespace
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
@@ -45,6 +47,14 @@ def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str
         f"{kind} {then} -> {now}" for kind, (then, now) in sizes.items() if then not in (None, now)
     )
     return ", ".join(changes)
+
+
+def write_without_a_process() -> None:
+    """Take back the process that Megatron's writer starts for a queue, for saves that are waited for.
+
+    Only a writer in another process needs it, that of async_save. It imports torch, once for each rank.
+    """
+    filesystem_async._results_queue = queue.Queue()
 
 
 class Saving:
