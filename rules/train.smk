@@ -24,6 +24,7 @@ rule train:
         command=rank_command,
         digest=LAYOUT.stage_digest("train"),
         model=LAYOUT.model / "hf",
+        model_manifest=LAYOUT.model / "manifest.json",
         checkpoint=LAYOUT.megatron / "checkpoint",
         data=LAYOUT.data,
         directory=LAYOUT.run / "train",
@@ -35,5 +36,6 @@ rule train:
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
         " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads} --log {log}"
         " --checkpoints {params.checkpoints} --try-number {resources.try_number}"
+        " --trained-from {params.model_manifest} --trained-from {input.data}"
         " {params.command} --model {params.model}"
         " --checkpoint {params.checkpoint} --data {params.data} --output {params.directory}"

@@ -9,6 +9,8 @@ says. --dry-run prints the command. Exits as the ranks do.
 
 With --checkpoints DIRECTORY no second start writes there while this one does (lease.json), ranks find its
 newest whole checkpoint there (damaged ones are set aside), and attempts.jsonl tells what each start did.
+With --trained-from MANIFEST, once for each stage that made what is trained from, the training of other
+files is set apart.
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the ranks: the running iteration is finished and saved first. So
 does the end of the Snakemake that started it. A second signal ends them at once. No rank outlives this
@@ -30,6 +32,7 @@ from megaqwen.training import attempts
 from megaqwen.training.launch import Launch
 from megaqwen.training.lease import Lease, leased
 from megaqwen.training.logs import LaunchLog
+from megaqwen.training.origins import set_apart
 from megaqwen.training.supervise import Ranks, stop_with_snakemake
 
 
@@ -89,6 +92,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--log", type=Path, required=True)
     options.add_argument("--checkpoints", type=Path, help="where they save")
     options.add_argument(
+        "--trained-from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="MANIFEST",
+        help="of a stage whose files are trained from; may be given more than once",
+    )
+    options.add_argument(
         "--verify",
         choices=("checksums", "sizes"),
         default="checksums",
@@ -110,6 +121,8 @@ def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -
     directory = arguments.checkpoints
     lease = Lease(directory=directory, say=log.say)
     with leased(lease) as environment:
+        if changed := set_apart(directory, arguments.trained_from):
+            log.say(changed)
         prepared = prepare(directory, arguments.verify)
         for text in prepared.said:
             log.say(text)

@@ -78,6 +78,12 @@ class Workspace:
         model = {"source": "tiny", "architecture": self.architecture, "seed": 1234}
         return write_config(path, data=data, train=train, model=model, **sections)
 
+    def preprocess(self) -> None:
+        """Tokenize the corpus as it is."""
+        config = self.config("preprocess", {})
+        words = ("--config", config, "--model", self.directory / "model" / "hf")
+        script("preprocess.py", *words, "--output", self.data)
+
     def launch_words(
         self, name: str, ranks: int, options: Mapping[str, Any], **sections: Any
     ) -> list[str]:
@@ -88,7 +94,9 @@ class Workspace:
         words = (
             *("--launcher", "torchrun", "--ranks-per-node", ranks),
             *("--log", self.directory / f"{name}.log"),
-            *("--checkpoints", checkpoints, ROOT / "scripts" / "train.py"),
+            *("--checkpoints", checkpoints),
+            *("--trained-from", self.directory / "model" / "manifest.json"),
+            *("--trained-from", self.data / "manifest.json", ROOT / "scripts" / "train.py"),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),
             *("--data", self.data, "--output", output),
@@ -158,18 +166,23 @@ class Workspace:
 def prepare(directory: Path, architecture: str = "qwen3") -> Workspace:
     """The stages before training, run as the workflow runs them."""
     workspace = Workspace(directory=directory, architecture=architecture)
-    with open(directory / "lines.jsonl", "w", encoding="utf-8") as stream:
-        for number in range(200):
-            words = " ".join(f"{number * factor % 97} is not {factor}" for factor in range(2, 12))
-            stream.write(json.dumps({"text": f"Line {number}: {words}."}) + "\n")
+    write_lines(directory, 200)
     config = workspace.config("stages", {})
     model = directory / "model" / "hf"
     script("download.py", "--config", config, "--output", directory / "model")
     script(
         *("convert.py", "--config", config, "--model", model, "--output", directory / "megatron")
     )
-    script(*("preprocess.py", "--config", config, "--model", model, "--output", directory / "data"))
+    workspace.preprocess()
     return workspace
+
+
+def write_lines(directory: Path, count: int) -> None:
+    """The documents of the corpus."""
+    with open(directory / "lines.jsonl", "w", encoding="utf-8") as stream:
+        for number in range(count):
+            words = " ".join(f"{number * factor % 97} is not {factor}" for factor in range(2, 12))
+            stream.write(json.dumps({"text": f"Line {number}: {words}."}) + "\n")
 
 
 def losses(checkpoints: Path) -> list[float]:

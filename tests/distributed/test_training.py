@@ -5,6 +5,7 @@ In float32 the two differ by the order of sums alone: the first loss within 1e-4
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import pytest
 
 from commands import options, run_script
 from megaqwen.provenance import read_json
-from workspace import Workspace, differing, forget_after, losses, weights
+from workspace import Workspace, differing, forget_after, losses, weights, write_lines
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
 OFFLINE = {"WANDB_MODE": "offline"}
+TRACKED = {"tracking": {"wandb_project": "qwen"}}
 
 
 def train_one_rank(workspace: Workspace) -> Path:
-    return workspace.train("one-rank", 1, {}, OFFLINE, tracking={"wandb_project": "qwen"})
+    return workspace.train("one-rank", 1, {}, OFFLINE, **TRACKED)
 
 
 def train_data_parallel(workspace: Workspace) -> Path:
@@ -80,6 +82,28 @@ def test_resuming_ends_in_the_same_bits(
     assert "resuming after iteration 2" in log
     assert losses(straight) == curve
     assert differing(weights(workspace, straight, 4), expected) == []
+
+
+def test_a_corpus_that_changed_in_place_is_trained_on_from_the_start(
+    workspace: Workspace, one_rank: Path, tmp_path: Path
+) -> None:
+    """Under the same names, and so in the same directory and with the same indices in the cache."""
+    other = Workspace(directory=tmp_path)
+    for name in ("model", "megatron"):
+        (tmp_path / name).symlink_to(workspace.directory / name)
+    shutil.copytree(one_rank.parents[1], tmp_path / "one-rank")
+    words = other.launch_words("one-rank", 1, {}, **TRACKED)
+    checkpoints = Path(words[words.index("--checkpoints") + 1])
+    (checkpoints.parent / one_rank.name).rename(checkpoints)
+    write_lines(tmp_path, 40)
+    other.preprocess()
+    assert train_one_rank(other) == checkpoints
+    log = (tmp_path / "one-rank.log").read_text()
+    assert "(lines.bin of preprocess, lines.idx of preprocess): training starts again" in log
+    kept = checkpoints / "before-1"
+    assert losses(kept) == losses(one_rank) and (kept / "iter_0000004").is_dir()
+    assert losses(checkpoints)[0] != losses(one_rank)[0] and len(losses(checkpoints)) == 4
+    assert len(list((tmp_path / "one-rank" / "cache").iterdir())) == 2
 
 
 def test_an_empty_share_is_refused_before_megatron_looks_for_it(workspace: Workspace) -> None:

@@ -23,7 +23,7 @@ from megaqwen.checkpoints import tracked_iteration
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import check_ends, check_shares
 from megaqwen.errors import InputError, Stopped
-from megaqwen.provenance import peak_memory_bytes
+from megaqwen.provenance import digest, peak_memory_bytes
 from megaqwen.training import async_saving, cpu_checkpoints, fused_kernels, torch_adam_resume
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.conversations import check_conversations, conversation_provider
@@ -148,9 +148,9 @@ def check_data(run: TrainingRun) -> None:
 
 def corpora(run: TrainingRun) -> Corpora:
     """The run's corpora on disk, in the config's order."""
-    return run_corpora(
-        run.config, run.data_directory, run.data, run.hf_config["vocab_size"], run.output / "cache"
-    )
+    # Megatron's key of its sample indices has a corpus's path, and nothing of what is in it.
+    cache = run.output / "cache" / digest(run.data["files"])
+    return run_corpora(run.config, run.data_directory, run.data, run.hf_config["vocab_size"], cache)
 
 
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
