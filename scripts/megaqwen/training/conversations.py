@@ -6,7 +6,7 @@ token is a target counts in the loss; the first token of a conversation is nobod
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class PackedConversations(MegatronDataset):
         wanted = num_samples + config.spare_samples
         super().__init__(files, dataset_path, share, wanted, index_split, config)
         self.packs = packs_of(files, share, config)
+        self.shuffled: tuple[int, NDArray[Any]] | None = None
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> ConversationFiles:
@@ -135,14 +136,11 @@ class PackedConversations(MegatronDataset):
         return {name: torch.from_numpy(array) for name, array in sample.items()}
 
     def permutation(self, epoch: int) -> NDArray[Any]:
-        """[packs], the order in which an epoch takes them."""
-        return shuffled(len(self.packs), self.config.random_seed, self.index_split.value, epoch)
-
-
-@lru_cache(maxsize=16)
-def shuffled(packs: int, seed: int, split: int, epoch: int) -> NDArray[Any]:
-    """A permutation of the packs; a sampler asks for one epoch at a time."""
-    return numpy.random.RandomState([seed, split, epoch]).permutation(packs)
+        """[packs], the order in which an epoch takes them; kept, since a sampler goes epoch by epoch."""
+        if self.shuffled is None or self.shuffled[0] != epoch:
+            seeds = [self.config.random_seed, self.index_split.value, epoch]
+            self.shuffled = epoch, numpy.random.RandomState(seeds).permutation(len(self.packs))
+        return self.shuffled[1]
 
 
 def check_conversations(prefix: Path, config: Config) -> None:
