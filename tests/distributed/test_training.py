@@ -8,11 +8,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import options, run_script
-from megaqwen.provenance import read_json
+from megaqwen.provenance import read_json, write_json
 from workspace import Workspace, differing, forget_after, losses, weights, write_lines
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
@@ -106,17 +107,44 @@ def test_a_corpus_that_changed_in_place_is_trained_on_from_the_start(
     assert len(list((tmp_path / "one-rank" / "cache").iterdir())) == 2
 
 
-def test_an_empty_share_is_refused_before_megatron_looks_for_it(workspace: Workspace) -> None:
-    stages = workspace.directory
-    config = workspace.config("shares", {}, data={"split": [99.9, 0.05, 0.05]})
+def another_end(manifest: dict[str, Any]) -> None:
+    manifest["results"]["tokenizer"]["end_of_document"] = {"token": "<|im_end|>", "id": 5}
+
+
+def another_tokenizer(manifest: dict[str, Any]) -> None:
+    manifest["results"]["tokenizer"]["files"]["tokenizer.json"] = "0" * 64
+
+
+REFUSED: dict[str, tuple[list[float], Callable[[dict[str, Any]], None] | None, str]] = {
+    "an empty share": (
+        [99.9, 0.05, 0.05],
+        None,
+        "corpus lines: none of its 200 documents falls to validation",
+    ),
+    "another end of documents": ([60, 20, 20], another_end, "<|im_end|>"),
+    "another tokenizer": ([60, 20, 20], another_tokenizer, "by another tokenizer than that of"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_data_that_is_not_what_training_takes_is_refused_before_megatron_looks_at_it(
+    workspace: Workspace, tmp_path: Path, wrong: str
+) -> None:
+    split, change, message = REFUSED[wrong]
+    stages, data = workspace.directory, workspace.data
+    if change:
+        data = shutil.copytree(workspace.data, tmp_path / "data")
+        manifest = read_json(data / "manifest.json")
+        change(manifest)
+        write_json(data / "manifest.json", manifest)
     words = options(
-        config=config,
+        config=workspace.config("refused", {}, data={"split": split}),
         model=stages / "model" / "hf",
         checkpoint=stages / "megatron" / "checkpoint",
-        data=stages / "data",
-        output=stages / "shares",
+        data=data,
+        output=tmp_path / "refused",
     )
     done = run_script("train.py", *words)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "corpus lines: none of its 200 documents falls to validation" in done.stdout
-    assert not (stages / "shares").exists()
+    assert message in done.stdout
+    assert not (tmp_path / "refused").exists()
