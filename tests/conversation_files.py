@@ -44,9 +44,13 @@ def write_conversations(prefix: Path, conversations: Sequence[Conversation]) -> 
 
 
 def run_packed_model(
-    directory: Path, change: int | None = None, longest: int = 30, **given: Any
+    directory: Path,
+    change: int | None = None,
+    longest: int = 30,
+    program: str = "packed_model.py",
+    **given: Any,
 ) -> dict[str, Any]:
-    """What packed_model.py finds of seven conversations, alone and packed.
+    """What packed_model.py, or a program that takes the same, finds of seven conversations.
 
     Args:
         directory: For its files.
@@ -67,7 +71,7 @@ def run_packed_model(
     source, output = directory / "given.json", directory / f"{change}.json"
     source.write_text(json.dumps(given))
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "packed_model.py", source, output],
+        [sys.executable, ROOT / "tests" / program, source, output],
         capture_output=True,
         text=True,
         timeout=600,

@@ -152,11 +152,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_model(directory: Path, shape: str, *, change: int | None = None) -> dict[str, Any]:
-    """Losses and gradients; `change` is a conversation whose ids become others."""
-    facts = {**SHAPES[shape], "max_position_embeddings": LENGTH}
-    given = {"facts": facts, "length": LENGTH, "bf16": False}
-    return run_packed_model(directory, change, environment={"OMP_NUM_THREADS": "1"}, **given)
+def run_model(directory: Path, shape: str, **settings: Any) -> dict[str, Any]:
+    """Losses and gradients; `settings` are those of run_packed_model."""
+    facts = {**SHAPES[shape], "max_position_embeddings": 2 * LENGTH}
+    given = {"facts": facts, "length": LENGTH, "bf16": False, **settings}
+    return run_packed_model(directory, environment={"OMP_NUM_THREADS": "1"}, **given)
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +182,18 @@ def test_a_conversation_reaches_no_neighbour(qwen3: dict[str, Any], tmp_path: Pa
     after = run_model(tmp_path, "qwen3", change=1)["packed"]["losses"]
     changed = [number for number in range(7) if before[number] != after[number]]
     assert changed == [1]
+
+
+def test_experts_are_balanced_over_tokens_and_weighed_by_targets(tmp_path: Path) -> None:
+    """Padding counts for nothing, and the loss of few targets is not drowned."""
+    found = run_model(tmp_path, "qwen3_moe", program="distributed/expert_losses.py")
+    given, every, padded = (found[case] for case in ("as given", "all targets", "more padding"))
+    assert given["targets"] == padded["targets"] < every["targets"]
+    largest = max(map(abs, given["gradient"]))
+    assert largest > 1e-3
+    for one, padding, all_targets in zip(
+        *(case["gradient"] for case in (given, padded, every)), strict=True
+    ):
+        assert abs(one - padding) < 1e-4 * largest
+        share = given["targets"] / every["targets"]
+        assert abs(one - all_targets * share) < 1e-4 * largest
