@@ -5,6 +5,7 @@ import time
 from megaqwen.config import load_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
+from megaqwen.config.rank_options import ranks_of_layout
 from megaqwen.data.files import corpus_files
 from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
@@ -61,6 +62,21 @@ def launch_command(wildcards, resources):
         if mistakes:
             raise WorkflowError("this training does not fit:", *mistakes)
     return f"python {SCRIPTS / 'launch.py'} --verify {CONFIG.checkpoints.verify}"
+
+
+def parity_ranks(wildcards):
+    """Ranks over which parity lays out the model as in training."""
+    return ranks_of_layout(CONFIG.train)
+
+
+def parity_launch(wildcards, resources):
+    """What starts them."""
+    return f"python {SCRIPTS / 'launch.py'}"
+
+
+def parity_command(wildcards, resources):
+    """What each of them runs."""
+    return f"{SCRIPTS / 'parity.py'} --config {RUN_CONFIG}"
 
 
 def corpora_files(wildcards):

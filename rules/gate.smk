@@ -12,8 +12,15 @@ rule parity_gate:
         LOGS / "parity_gate.benchmark.tsv"
     conda:
         "../envs/megaqwen.yaml"
+    threads: 1
+    resources:
+        nodes=1,
+        ranks_per_node=parity_ranks,
+        tasks=parity_ranks,
+        launcher="torchrun",
     params:
-        command=stage_command("parity.py"),
+        launch=parity_launch,
+        command=parity_command,
         digest=LAYOUT.stage_digest("gate"),
         model=LAYOUT.model / "hf",
         checkpoint=LAYOUT.megatron / "checkpoint",
@@ -21,7 +28,9 @@ rule parity_gate:
     message:
         "parity gate: is the converted checkpoint the Hugging Face model?"
     shell:
-        "HF_HUB_OFFLINE=1 {params.command} --crossing convert"
+        "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
+        " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
+        " --cpus-per-rank {threads} --log {log} {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
-        " --output {output.verdict} --log {log}"
+        " --output {output.verdict}"

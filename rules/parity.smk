@@ -17,8 +17,15 @@ rule parity_convert:
         LOGS / "parity_convert.benchmark.tsv"
     conda:
         "../envs/megaqwen.yaml"
+    threads: 1
+    resources:
+        nodes=1,
+        ranks_per_node=parity_ranks,
+        tasks=parity_ranks,
+        launcher="torchrun",
     params:
-        command=stage_command("parity.py"),
+        launch=parity_launch,
+        command=parity_command,
         digest=LAYOUT.stage_digest("parity"),
         model=LAYOUT.model / "hf",
         checkpoint=LAYOUT.megatron / "checkpoint",
@@ -26,10 +33,12 @@ rule parity_convert:
     message:
         "parity after convert: the gate's verdict, measured again where parity has changed"
     shell:
-        "HF_HUB_OFFLINE=1 {params.command} --crossing convert"
+        "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
+        " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
+        " --cpus-per-rank {threads} --log {log} {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint} --gate {input.gate}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
-        " --output {output.verdict} --log {log}"
+        " --output {output.verdict}"
 
 
 rule parity_export:
@@ -45,8 +54,15 @@ rule parity_export:
         LOGS / "parity_export.benchmark.tsv"
     conda:
         "../envs/megaqwen.yaml"
+    threads: 1
+    resources:
+        nodes=1,
+        ranks_per_node=parity_ranks,
+        tasks=parity_ranks,
+        launcher="torchrun",
     params:
-        command=stage_command("parity.py"),
+        launch=parity_launch,
+        command=parity_command,
         digest=LAYOUT.stage_digest("parity"),
         model=LAYOUT.run / "export" / "hf",
         checkpoint=LAYOUT.checkpoints,
@@ -54,7 +70,9 @@ rule parity_export:
     message:
         "parity gate: is the exported model the trained checkpoint?"
     shell:
-        "HF_HUB_OFFLINE=1 {params.command} --crossing export"
+        "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
+        " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
+        " --cpus-per-rank {threads} --log {log} {params.command} --crossing export"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
-        " --output {output.verdict} --log {log}"
+        " --output {output.verdict}"

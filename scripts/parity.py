@@ -7,7 +7,9 @@ Every tensor is compared by its bits, the options that the checkpoint records of
 config.json says, the tokenizer with the one that made the data; then both models walk through texts
 and held-out documents layer by layer, in float32, and are compared at every point and every position;
 and both tell their losses over held-out samples, after an export those whose loss training logged.
-A layer at a time is in memory. The gates and their thresholds: scripts/megaqwen/parity/README.md.
+A layer at a time is in memory. Before that, Megatron computes logits, gradients and steps of the
+optimizer over the ranks of training's layout: where that takes several, scripts/launch.py starts them.
+The gates and their thresholds: scripts/megaqwen/parity/README.md.
 
 When one fails, the first point where the models part is named, a table by layer goes to the log
 (--layers prints it always), and what was measured is kept as failed.json beside the output, which is
@@ -23,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config import load_config
+from megaqwen.config.rank_options import check_ranks
 from megaqwen.console import run_command, stage_parser
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file, write_json
 from megaqwen.sources.recorded import stage_manifest
+from megaqwen.training.ranks import rank_from_environment
 
 logger = logging.getLogger("megaqwen.parity")
 
@@ -39,14 +43,18 @@ def parity(arguments: argparse.Namespace) -> None:
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
     )
     existing(arguments.model / "config.json", "download")
-    arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
+    rank = rank_from_environment()
+    if rank.speaks:
+        arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
     inputs = {"model": arguments.model.parent / "manifest.json"}
     if arguments.checkpoint_manifest:
         inputs["checkpoint"] = arguments.checkpoint_manifest
     if arguments.gate and (verdict := same_verdict(arguments.gate, record, inputs)):
-        write_json(arguments.output, verdict)
-        logger.info("parity after %s: passed at the gate already", arguments.crossing)
+        if rank.speaks:
+            write_json(arguments.output, verdict)
+            logger.info("parity after %s: passed at the gate already", arguments.crossing)
         return
+    check_ranks(config.train, rank.world_size)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -54,14 +62,29 @@ def parity(arguments: argparse.Namespace) -> None:
 
     cpu_emulation.install()  # before anything imports Megatron
 
+    from megaqwen.parity.gates import first_divergence
     from megaqwen.parity.localization import likely_cause, table
     from megaqwen.parity.measure import measure
+    from megaqwen.parity.on_ranks import over_ranks
+    from megaqwen.training.preflight import check_kind
 
     made = stage_results(arguments.data / "tokens", "preprocess")
+    if made is not None:
+        check_kind(made, config.data.kind)
+    found = over_ranks(
+        model=arguments.model,
+        checkpoint=arguments.checkpoint,
+        data=arguments.data,
+        config=config,
+        rounded=arguments.crossing == "export",
+    )
+    if found is None:
+        return  # the last rank has what this one computed, and goes on alone
     trained = None
     if arguments.crossing == "export" and arguments.checkpoint_manifest:
         trained = read_json(arguments.checkpoint_manifest)["results"]
     measured = measure(
+        ranks=found,
         model=arguments.model,
         checkpoint=arguments.checkpoint,
         data=arguments.data,
@@ -73,6 +96,8 @@ def parity(arguments: argparse.Namespace) -> None:
     )
     for gate in measured.gates:
         logger.info("%s %s", "passed" if gate.passed else "FAILED", gate)
+    for name, reason in found.unmeasured.items():
+        logger.info("not measured: %s: %s", name, reason)
     if arguments.layers or measured.failed:
         for line in table(measured.walk.points):
             logger.info("%s", line)
@@ -81,8 +106,10 @@ def parity(arguments: argparse.Namespace) -> None:
     if measured.failed:
         write_json(failure, results)
         names = ", ".join(gate.name for gate in measured.failed)
+        first = first_divergence(measured.walk.points)
+        parted = f"The models part first at {first}. " if first else ""
         raise InputError(
-            f"parity after {arguments.crossing} failed at {names}. {measured.failed[0]}. "
+            f"parity after {arguments.crossing} failed at {names}. {measured.failed[0]}. {parted}"
             f"Likely: {likely_cause(measured.gates, measured.walk.points)}. All figures: {failure}"
         )
     failure.unlink(missing_ok=True)
@@ -126,7 +153,10 @@ def main() -> int:
         "--layers", action="store_true", help="print the errors at each point of each layer"
     )
     parser.add_argument("--output", type=Path, required=True, help="parity.json to write")
-    return run_command(parity, parser)
+    rank = rank_from_environment()
+    # Where the launcher started it, LOG itself is the launcher's.
+    suffix = f"rank{rank.rank}.log" if "RANK" in os.environ else ""
+    return run_command(parity, parser, quiet=not rank.speaks, log_suffix=suffix)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from commands import ROOT, run_script, write_config
 from megaqwen.checkpoints import TRACKER
 from megaqwen.config import load_config
+from megaqwen.config.rank_options import ranks_of_layout
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
 from megaqwen.training.metrics import read_metrics
@@ -127,8 +128,10 @@ class Workspace:
             *("--checkpoint", checkpoints, "--train-manifest", manifest, "--output", exported),
         )
         verdict = exported / "parity.json"
+        ranks = ranks_of_layout(load_config(config).train)
         script(
-            *("parity.py", "--config", config, "--crossing", "export"),
+            *("launch.py", "--ranks-per-node", ranks, "--log", exported / "parity.log"),
+            *(ROOT / "scripts" / "parity.py", "--config", config, "--crossing", "export"),
             *("--model", exported / "hf", "--checkpoint", checkpoints),
             *("--data", self.data, "--output", verdict),
             *("--checkpoint-manifest", manifest),

@@ -13,6 +13,7 @@ from typing import Any
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
+from megaqwen.config.rank_options import deciding
 from megaqwen.provenance import digest, read_json, write_json
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
@@ -20,8 +21,8 @@ RECIPE = {
     "download": 1,
     "convert": 2,
     "preprocess": 2,
-    "gate": 2,
-    "parity": 4,
+    "gate": 3,
+    "parity": 5,
     "train": 2,
     "export": 1,
     "report": 3,
@@ -82,7 +83,9 @@ class Layout:
                 # What is compared, not how: other texts are no reason to train again.
                 made_of = {"convert": self.stage_digest("convert")}
                 fields = {**made_of, "preprocess": self.stage_digest("preprocess")}
-                fields |= {"splits": splits}
+                # And how it is trained, as far as that changes what the ranks of training compute.
+                trained = without_defaults(deciding(config["train"]))
+                fields |= {"splits": splits, "train": trained}
             case "parity":
                 fields = {"parity": config["parity"]}
             case "train":

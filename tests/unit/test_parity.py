@@ -177,6 +177,7 @@ def test_another_expert_counts_where_no_tie_explains_it() -> None:
     theirs = torch.tensor([[2, 0], [0, 2]])
     found = compare_routing(5, [{"router": logits, "choices": mine}], [{"choices": theirs}], 2e-4)
     assert (found.choices, found.ties, found.differences) == (4, 1, 1)
+    assert (found.reference_counts, found.counts) == ([2, 2, 0, 0], [2, 0, 2, 0])
     assert found.largest_count_difference == 2
 
 

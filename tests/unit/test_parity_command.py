@@ -18,6 +18,7 @@ from workspace import OPTIONS, Workspace
 LAYER = "model.layers.2"
 TEXTS = ["The quick brown fox.", "今天天气很好。"]
 Tensors = dict[str, torch.Tensor]
+TRAINED = ("gradients", "trajectory", "losses", "copies")
 GATES = {
     "tensors": 0,
     "architecture": 0,
@@ -30,13 +31,20 @@ GATES = {
     "loss": 1e-5,
     "generation": 0,
     "perplexity": 1e-5,
+    "layout": 2,
+    "gradients": 10,
+    "trajectory": 10,
+    "losses": None,  # by the plain loop's own rounding
+    "copies": 0,
 }
+GATES_OF_FORWARD = [name for name in GATES if name not in TRAINED]
 
 
 class Crossing:
     """A model directory and the Megatron checkpoint that was made of it, before a mistake."""
 
     def __init__(self, directory: Path, model: Path, checkpoint: Path, data: Path):
+        self.directory = directory
         self.model = directory / "model" / "hf"
         shutil.copytree(model, self.model)
         write_json(directory / "model" / "manifest.json", {})
@@ -45,11 +53,16 @@ class Crossing:
         self.data = data
         self.output = directory / "parity" / "parity.json"
         write_json(self.output, {"results": {"verdict": "passed"}})  # of an earlier run
+        self.configure(gradients=False, trajectory_iterations=0)
+
+    def configure(self, **trained: Any) -> None:
+        """Write the config; `trained` is what the parity section says of gradients and steps."""
+        texts = {"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40}
         self.config = write_config(
-            directory / "config.yaml",
+            self.directory / "config.yaml",
             data={"corpora": [{"name": "lines", "source": "builtin"}], "split": [60, 20, 20]},
-            train=OPTIONS,
-            parity={"texts": TEXTS, "held_out_documents": 2, "max_tokens": 40},
+            parity=texts | trained,
+            train={**OPTIONS, "lr_warmup_iters": 0},
         )
 
     def change(self, change: Callable[[Tensors], object]) -> None:
@@ -79,7 +92,7 @@ class Crossing:
         assert not self.output.exists(), "an earlier verdict would stand for this one"
         found = read_json(self.output.with_name("failed.json"))
         assert found["verdict"] == "failed" and "Traceback" not in text
-        assert [gate["name"] for gate in found["gates"]] == list(GATES)
+        assert [gate["name"] for gate in found["gates"]] == GATES_OF_FORWARD
         (message,) = (line for line in text.splitlines() if "error:" in line)
         assert "failed.json" in message
         return message, {gate["name"]: gate for gate in found["gates"] if not gate["passed"]}
@@ -101,6 +114,7 @@ def qwen2(tmp_path: Path, workspace: Workspace, tiny_qwen2: Path) -> Crossing:
 
 def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     write_json(qwen3.output.with_name("failed.json"), {})
+    qwen3.configure()
     code, text = qwen3.run()
     assert code == 0, text
     assert not qwen3.output.with_name("failed.json").exists()
@@ -109,7 +123,10 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     found = manifest["results"]
     assert (found["crossing"], found["verdict"]) == ("convert", "passed")
     bounds = {gate["name"]: gate["threshold"] for gate in found["gates"]}
-    assert bounds == GATES
+    assert 0 < bounds["losses"] < 1e-4
+    assert {**bounds, "losses": None} == GATES
+    assert list(found["ranks"]["unmeasured"]) == ["dtype"]
+    assert "not measured: dtype: training is in float32" in text
     for gate in found["gates"]:
         assert gate["passed"] and 0 <= gate["value"] <= gate["threshold"]
         assert f"passed {gate['name']}: {gate['statistic']} " in text

@@ -25,8 +25,8 @@ import json, pathlib, sys
 words = dict(zip(sys.argv, sys.argv[1:]))
 output = pathlib.Path(words["--output"])
 name = pathlib.Path(sys.argv[0]).stem
-if name == "parity":
-    name += "_gate" if "gates" in output.parts else "_" + words["--crossing"]
+if "--crossing" in words:
+    name = "parity_gate" if "gates" in output.parts else "parity_" + words["--crossing"]
 if "--shard" in words:
     name += "_shard_" + words["--shard"].split("-")[0]
 with open("ran.txt", "a") as stream:

@@ -27,6 +27,8 @@ EXPORT = {"export", "parity_export", "report"}
 TRAIN = {"train", *EXPORT}
 DATA = {"preprocess", "parity_gate", "parity_convert", *TRAIN}
 ALL = {"download", "convert", *DATA}
+# The gate's ranks compute what training's would.
+GATE = {"parity_gate", "parity_convert", *TRAIN}
 PARITY = {"parity_convert", "parity_export", "report"}
 # A run of another name shares download, convert, preprocess and the gate.
 ANOTHER_RUN = {"parity_convert", *TRAIN}
@@ -70,19 +72,23 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the learning rate": (section("train", lr=0.004), TRAIN),
     "the seed of training": (section("train", seed=7), TRAIN),
     "more iterations": (section("train", train_iters=640), TRAIN),
-    "a parallel size": (section("train", pipeline_model_parallel_size=2), TRAIN),
+    "a parallel size": (section("train", pipeline_model_parallel_size=2), GATE),
+    "the dtype of training": (section("train", bf16=True), GATE),
+    "the optimizer's memory": (section("train", adam_beta2=0.95), GATE),
     "a train option at the value that it has": (section("train", lr=0.005), set()),
     "the revision": (section("model", revision="v1.0"), ALL),
     "the repository": (section("model", repo_id="Qwen/Qwen3-1.7B"), ALL),
     "the model's source": ({"model": {"source": "tiny", "architecture": "qwen3", "seed": 1}}, ALL),
     "the seed of the samples": (section("data", seed=7), TRAIN),
     "a weight": (corpora({}, {"weight": 5.0}), TRAIN),
-    "the split": (section("data", split=[90, 5, 5]), {"parity_gate", "parity_convert", *TRAIN}),
+    "the split": (section("data", split=[90, 5, 5]), GATE),
     "a text field": (corpora({"text_field": "body"}, {}), DATA),
     "the files of a corpus": (corpora({"files": ["data/a.jsonl"]}, {}), DATA),
     "the parity prompts": (section("parity", texts=["Another text."]), PARITY),
     "the parity bound": (section("parity", max_logit_difference=1e-5), PARITY),
     "the held-out documents": (section("parity", held_out_documents=2), PARITY),
+    "the steps that are compared": (section("parity", trajectory_iterations=0), PARITY),
+    "whether gradients are compared": (section("parity", gradients=False), PARITY),
     "the parity prompts and the learning rate": (
         section("parity", texts=["Another text."]) | section("train", lr=0.004),
         {"parity_convert", *TRAIN},

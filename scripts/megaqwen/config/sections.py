@@ -199,6 +199,10 @@ class Parity(Section):
     """How many tokens are generated greedily from the beginnings of the texts."""
     minutes: float = Field(default=10, gt=0)
     """To compare the models; where a large one would take longer here, less text is compared."""
+    gradients: bool = True
+    """Compare the gradient of every tensor, or say that memory or minutes do not suffice for it."""
+    trajectory_iterations: int = Field(default=5, ge=0)
+    """Steps of the optimizer compared before training, likewise; 0 for none."""
 
 
 class Config(Section):

@@ -174,8 +174,16 @@ class Routing:
     """Choices that differ, where no tie explains it."""
     ties: int
     """Choices that differ between experts whose logits are equal but for rounding."""
-    largest_count_difference: int
-    """Of the tokens of one expert."""
+    reference_counts: list[int]
+    """The tokens of each expert in the Hugging Face model."""
+    counts: list[int]
+    """The same in the Megatron model."""
+
+    @property
+    def largest_count_difference(self) -> int:
+        """Of the tokens of one expert."""
+        pairs = zip(self.reference_counts, self.counts, strict=True)
+        return max(abs(one - two) for one, two in pairs)
 
 
 def compare_routing(
@@ -206,11 +214,13 @@ def compare_routing(
         differences += int((only_theirs & ~near).sum())
         ties += int((only_theirs & near).sum())
         choices += one["choices"].numel()
-        counts.append(mine.sum(dim=0) - theirs.sum(dim=0))
+        counts.append(torch.stack([mine.sum(dim=0), theirs.sum(dim=0)]))
+    reference_counts, other_counts = torch.stack(counts).sum(dim=0).tolist()
     return Routing(
         layer=layer,
         choices=choices,
         differences=differences,
         ties=ties,
-        largest_count_difference=int(torch.stack(counts).sum(dim=0).abs().max()),
+        reference_counts=reference_counts,
+        counts=other_counts,
     )

@@ -12,6 +12,18 @@ BY_GATE = {
     " evaluation that was not this model's (dropout left on)",
     "tokenizer": "files of another model or another revision were put into the directory",
 }
+BY_RANKS = {
+    "layout": "how tensor or pipeline parallel ranks share out the weights, such as rows of QKV or its"
+    " bias, or virtual stages in the wrong order: on one rank the models agree",
+    "gradients": "what only the backward pass does: a tensor cut off from it, a scale of the loss, a sum"
+    " over sequence or data parallel ranks that is missing, or dropout left on in training",
+    "copies": "a gradient that is not summed over the ranks that have copies of the tensor",
+    "dtype": "a step that transformers does in float32 and Megatron in training's dtype: softmax, a norm,"
+    " rotary embeddings or the router",
+    "trajectory": "the optimizer: its betas or epsilon, what the weight decay leaves out, clipping, or"
+    " the schedule of the learning rate",
+    "losses": "the optimizer or the schedule of the learning rate",
+}
 BY_POINT = {
     "embedding": "rows of the embedding, or its padding",
     "attention in": "the weight or epsilon of the norm before attention",
@@ -33,7 +45,12 @@ def likely_cause(gates: Sequence[Gate], points: Sequence[PointError]) -> str:
     if causes:
         return "; ".join(causes)
     first = first_divergence(points)
-    return BY_POINT[first.point] if first else HEAD
+    if first:
+        return BY_POINT[first.point]
+    # The first gate that failed: a mistake in a gradient spoils the steps as well.
+    causes = [BY_RANKS[gate.name] for gate in gates if not gate.passed and gate.name in BY_RANKS]
+    on_one_rank = any(not gate.passed and gate.name not in BY_RANKS for gate in gates)
+    return HEAD if on_one_rank or not causes else causes[0]
 
 
 def table(points: Sequence[PointError]) -> Iterator[str]:

@@ -17,6 +17,8 @@ from megaqwen.architecture import megatron_options, read_architecture, tensor_sh
 from megaqwen.config import Config
 from megaqwen.data.tokenization import tokenizer_digests
 from megaqwen.parity import gates
+from megaqwen.parity.deep import FromRanks
+from megaqwen.parity.deep_gates import Deep, hold_against
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.generation import continue_greedily
 from megaqwen.parity.heldout import sequence_length
@@ -60,6 +62,8 @@ class Measured:
     """Token ids of prompts with what the Hugging Face model generated."""
     seconds: dict[str, float]
     """What each part took."""
+    deep: Deep | None = None
+    """What took ranks; None where they were not asked."""
 
     @property
     def failed(self) -> list[Gate]:
@@ -77,6 +81,7 @@ class Measured:
             "experts": [asdict(routing) for routing in self.walk.routing],
             "perplexity": asdict(self.perplexity) if self.perplexity else None,
             "continuations": self.continuations,
+            **({"ranks": self.deep.facts()} if self.deep else {}),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
 
@@ -91,6 +96,7 @@ def measure(
     tokenizer: Mapping[str, str] | None = None,
     made: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
+    ranks: FromRanks | None = None,
 ) -> Measured:
     """Hold a Megatron checkpoint against a Hugging Face model.
 
@@ -104,6 +110,7 @@ def measure(
             recorded them.
         made: The results in preprocess's manifest; without them no held-out samples are compared.
         trained: The results in training's manifest, after an export.
+        ranks: What Megatron computed over training's ranks; None leaves out its gates.
 
     Raises:
         InputError: A directory is not what it should be.
@@ -118,7 +125,7 @@ def measure(
 
     if made is not None:
         check_kind(made, config.data.kind)
-    weights, _ = checked_model(model)
+    weights, transfers = checked_model(model)
     described = megatron_options(weights.config)
     del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens
     recorded = recorded_options(checkpoint, described)
@@ -180,12 +187,18 @@ def measure(
         share = (1 - WALK_SHARE) * budget
         perplexity = timed("perplexity", lambda: measure_perplexity(crossing, share))
         found += perplexity_gates(perplexity)
+    deep = None
+    if ranks:
+        deep = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers))
+        found += deep.gates
+        seconds |= ranks.seconds
     return Measured(
         gates=found,
         walk=walked,
         perplexity=perplexity,
         continuations=continued,
         seconds=seconds,
+        deep=deep,
     )
 
 

@@ -9,13 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split
 from megaqwen.data.splits import heldout_documents
 from megaqwen.errors import InputError
+from megaqwen.parity.machine import free_memory
 
 PASSES = 5
 """What the comparison costs in passes of float32: the float64 one counts for two, and one to spare."""
@@ -74,7 +74,7 @@ def tokenized_texts(
 
 def positions_in_memory(heads: int) -> int:
     """How long a text may be, so that the plainest attention fits beside everything else."""
-    memory = MEMORY_SHARE * psutil.virtual_memory().available
+    memory = MEMORY_SHARE * free_memory()
     return int((memory / (ATTENTION_BYTES * heads)) ** 0.5)
 
 

@@ -114,6 +114,8 @@ def parity_tables(manifests: Sequence[Manifest]) -> str:
             rows.append(
                 (results["crossing"], gate["name"], gate["statistic"], value, threshold, verdict)
             )
+        for name, reason in results.get("ranks", {}).get("unmeasured", {}).items():
+            rows.append((results["crossing"], name, reason, "", "", "not measured"))
     return table(("after", "gate", "statistic", "value", "at most", "verdict"), rows)
 
 

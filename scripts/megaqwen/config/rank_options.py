@@ -1,0 +1,91 @@
+"""Which of training's options the parity gates take over, and how many ranks they need for it.
+
+What is left out changes how fast a training is, where it saves or how long it goes on, but neither its
+model nor a step of its optimizer.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megaqwen.errors import InputError
+
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "moe_token_dispatcher_type",
+    "use_distributed_optimizer",
+)
+DTYPE = ("bf16", "fp16", "fp8", "fp8_recipe", "fp4")
+OPTIMIZER = (
+    "optimizer",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "weight_decay",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr_style",
+    "apply_wd_to_qk_layernorm",
+    "clip_grad",
+)
+SCHEDULE = (
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "lr_warmup_fraction",
+    "lr_warmup_init",
+    "train_iters",
+)
+
+
+def taken(train: Mapping[str, Any], *names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of some of the groups above that a config sets."""
+    return {name: train[name] for group in names for name in group if name in train}
+
+
+def deciding(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that decide the verdict before training: another learning rate asks for no other."""
+    return taken(train, LAYOUT, DTYPE, OPTIMIZER)
+
+
+def ranks_of_layout(train: Mapping[str, Any]) -> int:
+    """The fewest ranks over which Megatron lays out the model as in training.
+
+    Context parallelism, which needs a GPU, and copies of the model count for nothing here.
+    """
+    pipeline: int = train.get("pipeline_model_parallel_size", 1)
+    tensor: int = train.get("tensor_model_parallel_size", 1)
+    expert = train.get("expert_model_parallel_size", 1)
+    expert_tensor = train.get("expert_tensor_parallel_size") or tensor
+    return pipeline * math.lcm(tensor, expert * expert_tensor)
+
+
+def number_format(train: Mapping[str, Any]) -> str:
+    """The dtype that training computes in, by torch's name, or Megatron's for what torch has no name."""
+    for name in ("fp8", "fp4"):
+        if train.get(name):
+            return name
+    return "bfloat16" if train.get("bf16") else "float16" if train.get("fp16") else "float32"
+
+
+def check_ranks(train: Mapping[str, Any], ranks: int) -> None:
+    """InputError where the ranks of a job are not as many as training's layout takes."""
+    needed = ranks_of_layout(train)
+    if ranks % needed:
+        raise InputError(
+            f"the layout under train takes {needed} ranks, and parity runs on {ranks}: start it as"
+            f" python scripts/launch.py --ranks-per-node {needed} --log LOG scripts/parity.py ..."
+        )

@@ -1,0 +1,213 @@
+"""The gates that take ranks: training's layout, its dtype, its gradients and steps of its optimizer.
+
+All ranks measure Megatron's side in one start; the last one then holds it against transformers' model.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaqwen.config import Config
+from megaqwen.config.rank_options import (
+    DTYPE,
+    LAYOUT,
+    OPTIMIZER,
+    SCHEDULE,
+    number_format,
+    taken,
+)
+from megaqwen.parity.batches import MOST_TOKENS, make_batches
+from megaqwen.parity.gathering import Gathered
+from megaqwen.parity.machine import free_memory
+from megaqwen.parity.ranks import (
+    MICRO_BATCH,
+    Steps,
+    model_options,
+    ranked_model,
+    to_last_rank,
+)
+from megaqwen.parity.reference import Recipe, recipe_of
+from megaqwen.parity.texts import operations_per_second
+from megaqwen.provenance import peak_memory_bytes
+
+logger = logging.getLogger("megaqwen.parity")
+
+LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
+ONE_RANK = "one tensor parallel rank"
+BYTES = {LAYOUT_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64}
+"""Of memory for each parameter: Megatron's weights, gradients and moments, then transformers' in
+float64 and float32."""
+FREE_SHARE = 0.7
+TRAINED_TOKENS = MOST_TOKENS // 2
+"""Of a batch that is trained on: forward and backward, and in float64 as well."""
+SAMPLED = 16
+"""Sequences of the comparison in training's dtype: of a few, chance would decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRanks:
+    """What Megatron's ranks computed, on the last of them."""
+
+    ranks: int
+    layout: dict[str, Any]
+    """The options of training that lay out the model."""
+    dtype: str
+    padding: int
+    """Rows of the output head that stand for no token, which training's softmax runs over as well."""
+    batches: list[Tensor]
+    """[sequences, positions + 1] tokens each."""
+    logits: Tensor | None = None
+    """Of the first batch in float32, [sequences, positions, vocabulary]."""
+    sampled: Tensor | None = None
+    """[sequences, positions + 1] tokens, more and shorter sequences, of the comparison in `dtype`."""
+    logits_in_dtype: Tensor | None = None
+    """Of `sampled`, likewise."""
+    gradients: dict[str, Gathered] = field(default_factory=dict)
+    """Of the first batch, by layout."""
+    recipe: Recipe | None = None
+    steps: Steps | None = None
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Gates that were not measured, and why."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: list[int] = field(default_factory=list)
+    """The largest resident set of each rank in bytes."""
+
+
+def measure_on_ranks(
+    *,
+    config: Config,
+    checkpoint: Path,
+    architecture: Mapping[str, Any],
+    vocabulary: int,
+    parameters: int,
+    texts: Callable[[], list[list[int]]],
+    positions: int,
+    rounded_to: torch.dtype | None,
+    with_steps: bool,
+) -> FromRanks | None:
+    """Everything that takes Megatron's ranks; None on all but the last.
+
+    Args:
+        config: The run's.
+        checkpoint: The directory with latest_checkpointed_iteration.txt.
+        architecture: What the checkpoint records of its model.
+        vocabulary: Rows of the embedding that stand for tokens.
+        parameters: Of the model.
+        texts: Token ids to make batches of; the last rank is asked.
+        positions: The longest sequence.
+        rounded_to: The dtype that the other model's weights are stored in, if it is narrower.
+        with_steps: Before training; a trained model has its steps behind it.
+    """
+    ranks = torch.distributed.get_world_size()
+    train: dict[str, Any] = dict(config.train)
+    layout = taken(train, LAYOUT)
+    dtype = number_format(train)
+    count = config.parity.trajectory_iterations if with_steps else 0
+    reasons = reasons_not_to(config, parameters, dtype, with_steps=with_steps)
+    recipe = recipe_of(train, count)
+    if isinstance(recipe, str):
+        reasons.setdefault(TRAJECTORY, recipe)
+    steps = count if TRAJECTORY not in reasons else 0
+    sequences = MICRO_BATCH * max(2, ranks)
+    many = MICRO_BATCH * max(SAMPLED // MICRO_BATCH, ranks)
+
+    def make() -> list[Tensor]:
+        known = texts()
+        found = make_batches(known, max(1, steps), sequences, positions, vocabulary, TRAINED_TOKENS)
+        return found + make_batches(known, 1, many, positions, vocabulary)
+
+    *batches, sampled = shared(make)
+    common = {"moe_aux_loss_coeff": [0.0]} if architecture.get("num_experts") else {}
+    seconds: dict[str, float] = {}
+    found: dict[str, Any] = {"gradients": {}}
+
+    def options(chosen: Mapping[str, Any], batch: Tensor) -> dict[str, Any]:
+        shape = (len(batch), batch.shape[1] - 1)
+        return model_options(architecture, checkpoint, vocabulary, {**chosen, **common}, shape)
+
+    if LAYOUT_GATE not in reasons:
+        started = time.perf_counter()
+        chosen = layout | taken(train, OPTIMIZER, SCHEDULE)
+        with ranked_model(options(chosen, batches[0]), rounded_to) as model:
+            found["logits"] = model.logits(batches[0], vocabulary)
+            if GRADIENTS not in reasons:
+                found["gradients"]["training's layout"] = model.gradients(batches[0])
+            if steps:
+                found["steps"] = model.steps(batches)
+        seconds["ranks"] = time.perf_counter() - started
+        if ranks > 1 and GRADIENTS not in reasons:
+            with ranked_model(options({}, batches[0]), rounded_to) as model:
+                found["gradients"][ONE_RANK] = model.gradients(batches[0])
+    if DTYPE_GATE not in reasons:
+        started = time.perf_counter()
+        chosen = layout | taken(train, DTYPE, OPTIMIZER)
+        with ranked_model(options(chosen, sampled), rounded_to) as model:
+            found["sampled"] = sampled
+            found["logits_in_dtype"] = model.logits(sampled, vocabulary)
+        seconds["ranks in dtype"] = time.perf_counter() - started
+    peaks = to_last_rank(peak_memory_bytes())
+    if peaks is None:
+        return None
+    return FromRanks(
+        ranks=ranks,
+        layout=layout,
+        dtype=dtype,
+        padding=-vocabulary % layout.get("tensor_model_parallel_size", 1),
+        batches=batches,
+        recipe=recipe if isinstance(recipe, Recipe) else None,
+        unmeasured=reasons,
+        seconds=seconds,
+        peak_memory=peaks,
+        **found,
+    )
+
+
+def shared(make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The last rank's batches, on every rank."""
+    ranks = torch.distributed.get_world_size()
+    found = [make() if torch.distributed.get_rank() == ranks - 1 else None]
+    torch.distributed.broadcast_object_list(found, src=ranks - 1)
+    return found[0] or []
+
+
+def reasons_not_to(
+    config: Config, parameters: int, dtype: str, *, with_steps: bool
+) -> dict[str, str]:
+    """The gates that are not measured, and why; the same on every rank."""
+    machine = [free_memory() * FREE_SHARE, operations_per_second()]
+    torch.distributed.broadcast_object_list(machine, src=0)  # one answer for all ranks
+    free, rate = machine
+    passes = {GRADIENTS: 15, TRAJECTORY: 12 * config.parity.trajectory_iterations}
+    reasons = {}
+    for gate, size in BYTES.items():
+        minutes = passes.get(gate, 1) * 2 * parameters * TRAINED_TOKENS / rate / 60
+        if parameters * size > free:
+            reasons[gate] = (
+                f"{parameters * size / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB"
+                " may be used"
+            )
+        elif gate in passes and minutes > config.parity.minutes:
+            reasons[gate] = f"it would take {minutes:.0f} minutes, more than parity.minutes"
+    if LAYOUT_GATE in reasons:
+        reasons[DTYPE_GATE] = reasons[LAYOUT_GATE]
+    if dtype in ("fp8", "fp4"):
+        reasons[DTYPE_GATE] = f"{dtype} needs a GPU, and parity runs on CPUs"
+    if dtype == "float16":
+        reasons[DTYPE_GATE] = "float16 with its loss scale is not among what parity measures"
+    if dtype == "float32":
+        reasons[DTYPE_GATE] = "training is in float32, which the other gates measure"
+    if not config.parity.gradients:
+        reasons[GRADIENTS] = "parity.gradients is false"
+    if not with_steps:
+        reasons[TRAJECTORY] = "measured before training"
+    elif not config.parity.trajectory_iterations:
+        reasons[TRAJECTORY] = "parity.trajectory_iterations is 0"
+    if config.train.get("context_parallel_size", 1) != 1:
+        reasons["context parallel"] = "it needs a GPU; the layout was measured without it"
+    return reasons

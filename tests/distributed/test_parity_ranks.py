@@ -1,0 +1,122 @@
+"""The gates that take ranks: every layout passes, and each mistake fails its gate and no other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_mistakes import MISTAKES, Mistake
+
+from commands import write_config
+from megaqwen.weights import convert_to_megatron
+from small_models import MODELS, make_model
+from workspace import OPTIONS
+
+pytestmark = pytest.mark.slow
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+VIRTUAL = {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2}
+SHARDED = {"use_distributed_optimizer": True}
+EXPERT = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"}
+BFLOAT16 = {"bf16": True}
+# Steps large enough that a decay shows.
+SCHEDULE = {"lr_warmup_iters": 2, "train_iters": 20, "save_interval": 20, "eval_interval": 20}
+LAYOUTS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
+    2: {
+        "tensor": ("qwen2", {**TENSOR, **BFLOAT16}),
+        "data": ("qwen2", SHARDED),
+        "virtual stages": ("qwen3", {**VIRTUAL, **SHARDED, **BFLOAT16}),
+        "expert": ("qwen3_moe", {**EXPERT, **SHARDED, **BFLOAT16}),
+        "padded": ("padded", TENSOR),
+    },
+    4: {
+        "tensor, pipeline": ("qwen3", {**TENSOR, **PIPELINE}),
+        "expert, tensor": ("qwen2_moe", {**EXPERT, **TENSOR, "expert_tensor_parallel_size": 1}),
+    },
+}
+OPTIONS_OF = {name: options for each in LAYOUTS.values() for name, (_, options) in each.items()}
+HEALTHY = [name for name in OPTIONS_OF if name != "padded"]
+WITH_MISTAKES = "tensor"
+Rows = dict[tuple[str, str], dict[str, dict[str, Any]]]
+
+
+def facts(model: str) -> dict[str, Any]:
+    """Of a model whose vocabulary every tensor parallel size here divides; or that none does."""
+    if model == "padded":
+        return MODELS["qwen2"]
+    return {**MODELS[model], "vocab_size": 252}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The gates of every layout and mistake, by one start of the ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    for model in {model for each in LAYOUTS.values() for model, _ in each.values()}:
+        make_model(directory / model / "hf", facts(model))
+        (directory / model / "megatron").mkdir()
+        convert_to_megatron(directory / model / "hf", directory / model / "megatron")
+    found = [row for ranks in LAYOUTS for row in measured_on(ranks, directory)]
+    return {
+        (row["job"], row["mistake"]): {gate["name"]: gate for gate in row["gates"]} for row in found
+    }
+
+
+def measured_on(ranks: int, directory: Path) -> list[dict[str, Any]]:
+    """What one start of the ranks measures."""
+    jobs = []
+    for name, (model, options) in LAYOUTS[ranks].items():
+        tiny = {"source": "tiny", "architecture": facts(model)["model_type"]}
+        path = directory / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
+        config = write_config(path, train={**OPTIONS, **SCHEDULE, **options}, model=tiny)
+        mistakes = [mistake.name for mistake in MISTAKES] if name == WITH_MISTAKES else []
+        paths = {"model": directory / model / "hf", "checkpoint": directory / model / "megatron"}
+        words = {key: str(path) for key, path in {**paths, "config": config}.items()}
+        jobs.append({"name": name, "mistakes": mistakes, **words})
+    told, output, log = (directory / f"{ranks}.{kind}" for kind in ("jobs", "rows", "log"))
+    told.write_text(json.dumps(jobs))
+    command: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), Path(__file__).with_name("rank_mistakes.py")]
+    command += [told, output]
+    with open(log, "w") as stream:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            returned = process.wait(timeout=900)
+        finally:
+            process.terminate()  # which ends its ranks; killed, it would leave them
+    assert returned == 0, log.read_text()[-20_000:]
+    rows: list[dict[str, Any]] = json.loads(output.read_text())
+    return rows
+
+
+@pytest.mark.parametrize("layout", HEALTHY)
+def test_a_healthy_layout_passes(rows: Rows, layout: str) -> None:
+    gates = rows[layout, "healthy"]
+    measured = {"layout", "gradients", "trajectory", "losses", "copies"}
+    assert gates.keys() == measured | ({"dtype"} if "bf16" in OPTIONS_OF[layout] else set())
+    assert [gate for gate in gates.values() if not gate["passed"]] == []
+    assert gates["gradients"]["value"] > 0  # something was compared
+    assert gates["trajectory"]["value"] > 0
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_fails_its_gate_and_no_other(rows: Rows, mistake: Mistake) -> None:
+    gates = rows[WITH_MISTAKES, mistake.name]
+    failed = {name for name, gate in gates.items() if not gate["passed"]}
+    assert set(mistake.gates) <= failed <= {*mistake.gates, *mistake.also}, gates
+    assert mistake.worst in gates[mistake.gates[0]]["detail"]
+
+
+def test_a_padded_vocabulary_is_no_other_model_but_another_training(rows: Rows) -> None:
+    gates = rows["padded", "healthy"]
+    failed = [name for name, gate in gates.items() if not gate["passed"]]
+    assert failed == ["gradients", "trajectory", "losses"]
+    for name in failed:
+        assert "softmax runs over 1 row(s) that pad the vocabulary" in gates[name]["detail"]

@@ -1,0 +1,140 @@
+"""What the gates over ranks are made of: options, batches, schedules and the comparison of tensors."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaqwen.config.rank_options import check_ranks, deciding, number_format, ranks_of_layout
+from megaqwen.errors import InputError
+from megaqwen.parity.batches import make_batches
+from megaqwen.parity.deep_gates import error_ratio, mean_and_least
+from megaqwen.parity.gates import Gate
+from megaqwen.parity.localization import likely_cause
+from megaqwen.parity.machine import free_memory
+from megaqwen.parity.reference import learning_rates, published, recipe_of
+
+TRAIN: dict[str, Any] = {"lr": 1.0, "min_lr": 0.2, "train_iters": 12, "lr_warmup_iters": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({}, 1),
+        ({"tensor_model_parallel_size": 2}, 2),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}, 6),
+        ({"expert_model_parallel_size": 4}, 4),
+        # Experts are whole on each rank where their own size says so, otherwise cut as the rest.
+        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, 8),
+        (
+            {
+                "tensor_model_parallel_size": 2,
+                "expert_model_parallel_size": 4,
+                "expert_tensor_parallel_size": 1,
+            },
+            4,
+        ),
+        ({"context_parallel_size": 2}, 1),
+    ],
+)
+def test_the_ranks_of_a_layout(options: dict[str, Any], ranks: int) -> None:
+    assert ranks_of_layout(options) == ranks
+    check_ranks(options, 2 * ranks)
+    if ranks > 1:
+        with pytest.raises(
+            InputError, match=f"takes {ranks} ranks, and parity runs on 1: start it"
+        ):
+            check_ranks(options, 1)
+
+
+def test_what_decides_the_verdict_before_training() -> None:
+    options = {"lr": 1.0, "train_iters": 3, "seed": 1, "bf16": True, "adam_beta2": 0.9}
+    assert deciding(options) == {"bf16": True, "adam_beta2": 0.9}
+    assert number_format({"bf16": True}) == "bfloat16"
+    assert number_format({"bf16": True, "fp8": "hybrid"}) == "fp8"
+    assert number_format({"bf16": False}) == "float32"
+
+
+def test_learning_rates_go_up_in_a_line_and_down_to_the_lowest() -> None:
+    found = learning_rates({**TRAIN, "lr_decay_style": "linear"}, 13)
+    assert found[:4] == pytest.approx((0.0, 0.5, 1.0, 0.92))
+    assert found[-1] == pytest.approx(0.2)
+    half = learning_rates({**TRAIN, "lr_decay_style": "cosine"}, 13)[7]
+    assert half == pytest.approx(0.6)
+    assert learning_rates({**TRAIN, "lr_decay_style": "constant"}, 13)[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"optimizer": "muon"},
+        {"lr_decay_style": "WSD"},
+        {"apply_wd_to_qk_layernorm": True},
+        {"weight_decay_incr_style": "linear"},
+    ],
+)
+def test_what_the_plain_loop_cannot_do_is_said(option: dict[str, Any]) -> None:
+    assert isinstance(recipe_of({**TRAIN, **option}, 3), str)
+    assert not isinstance(recipe_of(TRAIN, 3), str)
+
+
+def test_batches_are_the_texts_one_after_another() -> None:
+    first, second = make_batches([[1, 2, 3], [4, 5]], 2, 2, 40, 100)
+    assert first.shape == (2, 33)  # a multiple of 16, and the last target
+    flat = torch.cat([first, second]).flatten().tolist()
+    assert flat[:7] == [1, 2, 3, 4, 5, 1, 2] and len(flat) == 132
+    assert make_batches([[1, 2]], 1, 4, 4096, 2**22)[0].shape == (4, 17)  # few, of many logits
+
+
+def test_a_position_that_went_astray_is_one_of_many() -> None:
+    exact = torch.randn(9, 50, generator=torch.Generator().manual_seed(1))
+    other = exact * 1.03
+    other[4] += 100.0  # as where a router chose another expert
+    assert error_ratio(exact, exact * 1.01, other) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_what_may_be_chance_is_taken_off() -> None:
+    assert mean_and_least([1.2] * 16) == pytest.approx((1.2, 1.2))
+    mean, least = mean_and_least([0.8, 1.25] * 8)
+    assert mean == pytest.approx(1.0) and 0.85 < least < 0.95
+    assert math.isnan(mean_and_least([1.0, float("nan")])[1])
+
+
+def test_the_memory_of_a_job_is_what_its_cgroup_leaves(tmp_path: Path) -> None:
+    job = tmp_path / "cgroups" / "job" / "step"
+    job.mkdir(parents=True)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/job/step\n")
+    (job / "memory.max").write_text("max\n")
+    (job.parent / "memory.max").write_text("5000000\n")
+    (job.parent / "memory.current").write_text("4000000\n")
+    (job.parent / "memory.stat").write_text("anon 1000000\nfile 3000000\n")
+    assert free_memory(membership, tmp_path / "cgroups") == 4_000_000
+    assert free_memory(tmp_path / "none", tmp_path / "cgroups") > 4_000_000
+
+
+def test_experts_get_the_names_of_the_published_files() -> None:
+    fused = torch.arange(2 * 4 * 3).view(2, 4, 3)
+    down = torch.arange(2 * 3 * 2).view(2, 3, 2)
+    found = published({"a.mlp.experts.gate_up_proj": fused, "a.mlp.experts.down_proj": down})
+    assert torch.equal(found["a.mlp.experts.1.gate_proj.weight"], fused[1, :2])
+    assert torch.equal(found["a.mlp.experts.1.up_proj.weight"], fused[1, 2:])
+    assert torch.equal(found["a.mlp.experts.0.down_proj.weight"], down[0])
+
+
+def gate(name: str, *, passed: bool) -> Gate:
+    return Gate(name=name, statistic="", value=0.0 if passed else 2.0, threshold=1.0)
+
+
+def test_the_likely_cause_is_that_of_the_first_gate_that_failed() -> None:
+    order = ("logits", "layout", "gradients", "trajectory")
+
+    def cause(*failed: str) -> str:
+        return likely_cause([gate(name, passed=name not in failed) for name in order], [])
+
+    assert "share out the weights" in cause("layout", "gradients", "trajectory")
+    assert "backward pass" in cause("gradients", "trajectory")
+    assert "weight decay" in cause("trajectory")
+    assert "output head" in cause("logits", "layout")
