@@ -63,9 +63,9 @@ def parity(arguments: argparse.Namespace) -> None:
     cpu_emulation.install()  # before anything imports Megatron
 
     from megaqwen.parity.gates import first_divergence
-    from megaqwen.parity.localization import likely_cause, table
+    from megaqwen.parity.localization import likely_cause
     from megaqwen.parity.measure import measure
-    from megaqwen.parity.on_ranks import over_ranks
+    from megaqwen.parity.ranks import over_ranks
     from megaqwen.training.preflight import check_kind
 
     made = stage_results(arguments.data / "tokens", "preprocess")
@@ -99,7 +99,7 @@ def parity(arguments: argparse.Namespace) -> None:
     for name, reason in found.unmeasured.items():
         logger.info("not measured: %s: %s", name, reason)
     if arguments.layers or measured.failed:
-        for line in table(measured.walk.points):
+        for line in measured.tables():
             logger.info("%s", line)
     results = {"crossing": arguments.crossing, **measured.facts()}
     failure = arguments.output.with_name("failed.json")

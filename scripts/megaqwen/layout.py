@@ -13,7 +13,7 @@ from typing import Any
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
-from megaqwen.config.rank_options import deciding
+from megaqwen.config.rank_options import PARALLEL, deciding
 from megaqwen.provenance import digest, read_json, write_json
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
@@ -29,24 +29,8 @@ RECIPE = {
 }
 
 
-# How a training is shared out among ranks. Megatron's checkpoints load under any of it, so that a stopped
-# training goes on under another. (The two optimizers save differently.)
-LAYOUT_OPTIONS = {
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    "pipeline_model_parallel_size",
-    "num_layers_per_virtual_pipeline_stage",
-    "num_virtual_stages_per_pipeline_rank",
-    "microbatch_group_size_per_vp_stage",
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-}
+# Under another of these a stopped training goes on. (The two optimizers save differently.)
+LAYOUT_OPTIONS = {*PARALLEL, "microbatch_group_size_per_vp_stage", "context_parallel_size"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,12 +90,13 @@ def make_model(shape: str, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
     shapes = tensor_shapes(read_architecture(SHAPES[shape]))
     files = plan_files(shapes, dict.fromkeys(shapes, torch.bfloat16), SHARD_BYTES)
-    noise = torch.randn(1_000_003).bfloat16()
+    noise = 0.02 * torch.randn(1_000_003).bfloat16()
 
     def weights(names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             count = torch.Size(shapes[name]).numel()
-            yield name, noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
+            values = noise.repeat(count // len(noise) + 1)[:count].reshape(shapes[name])
+            yield name, 1 + values if name.endswith("norm.weight") else values
 
     described = {
         name: write_file(directory / name, entries, weights(list(entries)))

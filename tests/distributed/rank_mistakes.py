@@ -38,6 +38,8 @@ class Mistake:
     """Megatron's options that differ."""
     loss: Callable[[Any], Any] | None = None
     """Changes the loss of a micro batch."""
+    milder: str = ""
+    """Another that is harder to see; this one is then made only where there is time for all."""
 
 
 def parameters(ranked: Any, ending: str) -> Iterator[Any]:
@@ -127,6 +129,7 @@ MISTAKES = [
         name="a gradient that is cut off",
         gates=("gradients", "trajectory"),
         worst="layers.1.mlp.down_proj.weight",
+        milder="a gradient 0.1% too large",
         model=hook("mlp.linear_fc2.weight", lambda gradient: gradient * 0),
     ),
     Mistake(
@@ -160,6 +163,7 @@ MISTAKES = [
     Mistake(
         name="another beta2",
         gates=("trajectory",),
+        milder="another epsilon of Adam",
         options={"adam_beta2": 0.95},
     ),
     Mistake(
@@ -175,12 +179,21 @@ MISTAKES = [
     Mistake(
         name="biases of queries shifted on the second rank",
         gates=("layout", "gradients", "trajectory"),
-        also=("losses", "dtype"),
+        worst="first beyond it: layer 1 out",
         model=wrong_split_on_second_rank,
     ),
-    Mistake(name="norms in 8 bits", gates=("dtype",), also=(), model=in_bfloat16(round_norm)),
     Mistake(
-        name="residuals in 8 bits", gates=("dtype",), also=(), model=in_bfloat16(round_residual)
+        name="norms in 8 bits",
+        gates=("dtype",),
+        worst="the first beyond it: layer 0",
+        model=in_bfloat16(round_norm),
+    ),
+    Mistake(
+        name="residuals in 8 bits",
+        gates=("dtype",),
+        milder="norms in 8 bits",
+        worst="the first beyond it: layer 0",
+        model=in_bfloat16(round_residual),
     ),
 ]
 
@@ -188,9 +201,12 @@ MISTAKES = [
 @contextmanager
 def made(mistake: Mistake) -> Iterator[None]:
     """Within it, the ranks' model has the mistake."""
-    from megaqwen.parity import deep, ranks
+    from megaqwen.parity import on_all_ranks, ranked_model
 
-    real, options, step = ranks.RankedModel, deep.model_options, ranks.forward_step
+    real, step = ranked_model.RankedModel, ranked_model.forward_step
+    options, reasons = on_all_ranks.model_options, on_all_ranks.reasons_not_to
+    # For time's sake: a mistake in one dtype is none in the other.
+    left_out = ("gradients", "trajectory") if mistake.gates == ("dtype",) else ("dtype",)
 
     class Changed(real):  # type: ignore[misc,valid-type]
         def __init__(self, *values: Any, **named: Any):
@@ -201,6 +217,10 @@ def made(mistake: Mistake) -> Iterator[None]:
     def changed_options(*values: Any) -> dict[str, Any]:
         return {**options(*values), **(mistake.options or {})}
 
+    def fewer_gates(*values: Any, **named: Any) -> dict[str, str]:
+        others = dict.fromkeys(left_out if mistake.gates else (), "another gate's mistake")
+        return reasons(*values, **named) | others
+
     def changed_step(iterator: Any, model: Any) -> Any:
         output, loss = step(iterator, model)
 
@@ -210,15 +230,17 @@ def made(mistake: Mistake) -> Iterator[None]:
 
         return output, changed_loss
 
-    ranks.RankedModel = Changed  # type: ignore[misc]
-    deep.model_options = changed_options
-    ranks.forward_step = changed_step
+    ranked_model.RankedModel = Changed  # type: ignore[misc]
+    on_all_ranks.model_options = changed_options
+    on_all_ranks.reasons_not_to = fewer_gates
+    ranked_model.forward_step = changed_step
     try:
         yield
     finally:
-        ranks.RankedModel = real  # type: ignore[misc]
-        deep.model_options = options
-        ranks.forward_step = step
+        ranked_model.RankedModel = real  # type: ignore[misc]
+        on_all_ranks.model_options = options
+        on_all_ranks.reasons_not_to = reasons
+        ranked_model.forward_step = step
 
 
 def main() -> None:
@@ -251,7 +273,7 @@ def main() -> None:
 
 def remember_reference() -> None:
     """Compute transformers' side once for all mistakes of a job: their batches are the same."""
-    from megaqwen.parity import deep_gates, reference
+    from megaqwen.parity import rank_gates, reference
 
     def once(function: Any) -> Any:
         remembered: dict[Any, Any] = {}
@@ -265,8 +287,8 @@ def remember_reference() -> None:
 
         return found
 
-    for name in ("logits_of", "gradients_of", "train_plainly"):
-        setattr(deep_gates, name, once(getattr(reference, name)))
+    for name in ("outputs_of", "gradients_of", "train_plainly"):
+        setattr(rank_gates, name, once(getattr(reference, name)))
 
 
 def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]] | None:
@@ -275,9 +297,9 @@ def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]
 
     from megaqwen.architecture import megatron_options
     from megaqwen.config import load_config
-    from megaqwen.parity.deep import measure_on_ranks
-    from megaqwen.parity.deep_gates import hold_against
     from megaqwen.parity.megatron import recorded_options
+    from megaqwen.parity.on_all_ranks import measure_on_ranks
+    from megaqwen.parity.rank_gates import hold_against
     from megaqwen.weights.bridge import checked_model
 
     weights, transfers = checked_model(model)

@@ -42,10 +42,10 @@ def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:
     from transformers import AutoTokenizer
 
     from megaqwen.parity.batches import make_batches
-    from megaqwen.parity.deep_gates import error_ratio, mean_and_least
     from megaqwen.parity.megatron import recorded_options
-    from megaqwen.parity.ranks import model_options, ranked_model
-    from megaqwen.parity.reference import logits_of
+    from megaqwen.parity.rank_gates import error_ratio, mean_and_least
+    from megaqwen.parity.ranked_model import model_options, ranked_model
+    from megaqwen.parity.reference import outputs_of
     from megaqwen.training.arguments import GPU_OPTIONS
     from megaqwen.weights import HuggingFaceWeights
 
@@ -55,16 +55,17 @@ def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.encode(text) for text in islice(builtin_documents(), 40)]
     (batch,) = make_batches(texts, 1, SEQUENCES, POSITIONS, vocabulary)
-    exact = logits_of(weights, torch.float32, batch)
-    own = logits_of(weights, torch.bfloat16, batch)
+    exact, own = (
+        outputs_of(weights, dtype, batch)[-1] for dtype in (torch.float32, torch.bfloat16)
+    )
     shape = (SEQUENCES, batch.shape[1] - 1)
     found = {}
     for name, options in RECIPES.items():
         asked = model_options(recorded, checkpoint, vocabulary, options, shape, GPU_OPTIONS)
         with ranked_model(asked) as ranked:
-            logits = ranked.logits(batch, vocabulary)
-        assert logits is not None
-        ratios = [error_ratio(*each) for each in zip(exact, own, logits, strict=True)]
+            outputs = ranked.forward(batch, vocabulary)
+        assert outputs is not None
+        ratios = [error_ratio(*each) for each in zip(exact, own, outputs[-1], strict=True)]
         mean, least = mean_and_least(ratios)
         found[name] = {"mean": mean, "least": least, "from": min(ratios), "to": max(ratios)}
         print(f"{model.parent.name}: {name}: {json.dumps(found[name])}", flush=True)

@@ -10,22 +10,22 @@ from typing import Any
 
 from megaqwen.errors import InputError
 
-LAYOUT = (
+# How Megatron shares out a model among ranks: its checkpoints load under any of it.
+PARALLEL = (
     "tensor_model_parallel_size",
     "sequence_parallel",
     "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage",
     "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
-    "moe_token_dispatcher_type",
-    "use_distributed_optimizer",
 )
+LAYOUT = (*PARALLEL, "moe_token_dispatcher_type", "use_distributed_optimizer")
 DTYPE = ("bf16", "fp16", "fp8", "fp8_recipe", "fp4")
 OPTIMIZER = (
     "optimizer",

@@ -6,7 +6,7 @@ Call `cpu_emulation.install` before this is imported.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from megaqwen.architecture import megatron_options, read_architecture, tensor_sh
 from megaqwen.config import Config
 from megaqwen.data.tokenization import tokenizer_digests
 from megaqwen.parity import gates
-from megaqwen.parity.deep import FromRanks
-from megaqwen.parity.deep_gates import Deep, hold_against
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.generation import continue_greedily
 from megaqwen.parity.heldout import sequence_length
 from megaqwen.parity.huggingface import HuggingFaceLayers
+from megaqwen.parity.localization import table
 from megaqwen.parity.megatron import MegatronLayers, recorded_options
+from megaqwen.parity.on_all_ranks import FromRanks
 from megaqwen.parity.perplexity import (
     Crossing,
     Perplexity,
     measure_perplexity,
     perplexity_gates,
 )
+from megaqwen.parity.rank_gates import RankGates, hold_against
 from megaqwen.parity.texts import (
     cut_to_budget,
     operations_per_second,
@@ -38,7 +39,6 @@ from megaqwen.parity.texts import (
     tokenized_texts,
 )
 from megaqwen.parity.walk import EXACT, OTHER, REFERENCE, Layers, Walk, walk
-from megaqwen.training.preflight import check_kind
 from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
 from megaqwen.weights.bridge import checked_model
 from megaqwen.words import duration
@@ -62,13 +62,20 @@ class Measured:
     """Token ids of prompts with what the Hugging Face model generated."""
     seconds: dict[str, float]
     """What each part took."""
-    deep: Deep | None = None
+    held: RankGates | None = None
     """What took ranks; None where they were not asked."""
 
     @property
     def failed(self) -> list[Gate]:
         """The gates that did not pass."""
         return [gate for gate in self.gates if not gate.passed]
+
+    def tables(self) -> Iterator[str]:
+        """Lines for a person: the errors by layer, of one rank and of training's."""
+        yield from table(self.walk.points)
+        if self.held and self.held.points:
+            yield f"over the {self.held.ranks.ranks} rank(s) of training's layout:"
+            yield from table(self.held.points)
 
     def facts(self) -> dict[str, Any]:
         """For parity.json."""
@@ -81,7 +88,7 @@ class Measured:
             "experts": [asdict(routing) for routing in self.walk.routing],
             "perplexity": asdict(self.perplexity) if self.perplexity else None,
             "continuations": self.continuations,
-            **({"ranks": self.deep.facts()} if self.deep else {}),
+            **({"ranks": self.held.facts()} if self.held else {}),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
 
@@ -123,8 +130,6 @@ def measure(
         seconds[name] = time.perf_counter() - started
         return result
 
-    if made is not None:
-        check_kind(made, config.data.kind)
     weights, transfers = checked_model(model)
     described = megatron_options(weights.config)
     del described["padded_vocab_size"]  # it depends on the layout, and pad rows are no tokens
@@ -187,10 +192,10 @@ def measure(
         share = (1 - WALK_SHARE) * budget
         perplexity = timed("perplexity", lambda: measure_perplexity(crossing, share))
         found += perplexity_gates(perplexity)
-    deep = None
+    held = None
     if ranks:
-        deep = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers))
-        found += deep.gates
+        held = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers))
+        found += held.gates
         seconds |= ranks.seconds
     return Measured(
         gates=found,
@@ -198,7 +203,7 @@ def measure(
         perplexity=perplexity,
         continuations=continued,
         seconds=seconds,
-        deep=deep,
+        held=held,
     )
 
 

@@ -18,21 +18,25 @@ from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.weights import HuggingFaceWeights
 
 Tensors = dict[str, Tensor]
+Sequences = list[Tensor]
 MICRO_BATCH = 2
 
 
 @torch.no_grad()
-def logits_of(weights: HuggingFaceWeights, dtype: torch.dtype, batch: Tensor) -> list[Tensor]:
-    """Of each sequence of [sequences, positions + 1] tokens the [positions, vocabulary] logits.
+def outputs_of(weights: HuggingFaceWeights, dtype: torch.dtype, batch: Tensor) -> list[Sequences]:
+    """What each layer makes of [sequences, positions + 1] tokens, and then the logits.
 
-    One layer is in memory at a time, as when both models walk through the texts.
+    [positions, hidden] of each sequence, and [positions, vocabulary]. One layer is in memory at a time,
+    as when both models walk through the texts.
     """
     model = HuggingFaceLayers(weights, dtype)
     hidden = model.embed(list(batch[:, :-1]))
+    points = []
     for index in range(model.layers):
         hidden, _ = model.layer(index, hidden)
+        points.append(hidden)
     with model.head() as (norm, logits):
-        return [logits(norm(states)) for states in hidden]
+        return [*points, [logits(norm(states)) for states in hidden]]
 
 
 def trainable(directory: Path, dtype: torch.dtype) -> nn.Module:

@@ -5,7 +5,8 @@ All ranks measure Megatron's side in one start; the last one then holds it again
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from megaqwen.config.rank_options import (
 from megaqwen.parity.batches import MOST_TOKENS, make_batches
 from megaqwen.parity.gathering import Gathered
 from megaqwen.parity.machine import free_memory
-from megaqwen.parity.ranks import (
+from megaqwen.parity.ranked_model import (
     MICRO_BATCH,
+    RankedModel,
     Steps,
     model_options,
     ranked_model,
@@ -43,7 +45,11 @@ ONE_RANK = "one tensor parallel rank"
 BYTES = {LAYOUT_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64}
 """Of memory for each parameter: Megatron's weights, gradients and moments, then transformers' in
 float64 and float32."""
+PASSES = {GRADIENTS: 15, TRAJECTORY: 12}
+"""What they cost in forward passes of float32, of the steps each: Megatron's forward and backward pass
+3 (of gradients twice, under training's layout and on one rank), transformers' 3, and 6 in float64."""
 FREE_SHARE = 0.7
+"""Of the memory that is free, what the gates may take."""
 TRAINED_TOKENS = MOST_TOKENS // 2
 """Of a batch that is trained on: forward and backward, and in float64 as well."""
 SAMPLED = 16
@@ -62,11 +68,11 @@ class FromRanks:
     """Rows of the output head that stand for no token, which training's softmax runs over as well."""
     batches: list[Tensor]
     """[sequences, positions + 1] tokens each."""
-    logits: Tensor | None = None
-    """Of the first batch in float32, [sequences, positions, vocabulary]."""
+    outputs: list[Tensor] | None = None
+    """Of the first batch in float32: each layer's [sequences, positions, hidden], then the logits."""
     sampled: Tensor | None = None
     """[sequences, positions + 1] tokens, more and shorter sequences, of the comparison in `dtype`."""
-    logits_in_dtype: Tensor | None = None
+    outputs_in_dtype: list[Tensor] | None = None
     """Of `sampled`, likewise."""
     gradients: dict[str, Gathered] = field(default_factory=dict)
     """Of the first batch, by layout."""
@@ -106,59 +112,45 @@ def measure_on_ranks(
     """
     ranks = torch.distributed.get_world_size()
     train: dict[str, Any] = dict(config.train)
-    layout = taken(train, LAYOUT)
     dtype = number_format(train)
     count = config.parity.trajectory_iterations if with_steps else 0
     reasons = reasons_not_to(config, parameters, dtype, with_steps=with_steps)
     recipe = recipe_of(train, count)
     if isinstance(recipe, str):
         reasons.setdefault(TRAJECTORY, recipe)
-    steps = count if TRAJECTORY not in reasons else 0
     sequences = MICRO_BATCH * max(2, ranks)
     many = MICRO_BATCH * max(SAMPLED // MICRO_BATCH, ranks)
 
     def make() -> list[Tensor]:
         known = texts()
-        found = make_batches(known, max(1, steps), sequences, positions, vocabulary, TRAINED_TOKENS)
+        found = make_batches(known, max(1, count), sequences, positions, vocabulary, TRAINED_TOKENS)
         return found + make_batches(known, 1, many, positions, vocabulary)
 
     *batches, sampled = shared(make)
-    common = {"moe_aux_loss_coeff": [0.0]} if architecture.get("num_experts") else {}
+    model_of = ModelOf(
+        architecture=architecture,
+        checkpoint=checkpoint,
+        vocabulary=vocabulary,
+        rounded_to=rounded_to,
+    )
+    found: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    found: dict[str, Any] = {"gradients": {}}
-
-    def options(chosen: Mapping[str, Any], batch: Tensor) -> dict[str, Any]:
-        shape = (len(batch), batch.shape[1] - 1)
-        return model_options(architecture, checkpoint, vocabulary, {**chosen, **common}, shape)
-
+    started = time.perf_counter()
     if LAYOUT_GATE not in reasons:
-        started = time.perf_counter()
-        chosen = layout | taken(train, OPTIMIZER, SCHEDULE)
-        with ranked_model(options(chosen, batches[0]), rounded_to) as model:
-            found["logits"] = model.logits(batches[0], vocabulary)
-            if GRADIENTS not in reasons:
-                found["gradients"]["training's layout"] = model.gradients(batches[0])
-            if steps:
-                found["steps"] = model.steps(batches)
+        found |= in_float32(model_of, train, batches, reasons)
         seconds["ranks"] = time.perf_counter() - started
-        if ranks > 1 and GRADIENTS not in reasons:
-            with ranked_model(options({}, batches[0]), rounded_to) as model:
-                found["gradients"][ONE_RANK] = model.gradients(batches[0])
+    started = time.perf_counter()
     if DTYPE_GATE not in reasons:
-        started = time.perf_counter()
-        chosen = layout | taken(train, DTYPE, OPTIMIZER)
-        with ranked_model(options(chosen, sampled), rounded_to) as model:
-            found["sampled"] = sampled
-            found["logits_in_dtype"] = model.logits(sampled, vocabulary)
+        found |= in_training_dtype(model_of, train, sampled)
         seconds["ranks in dtype"] = time.perf_counter() - started
     peaks = to_last_rank(peak_memory_bytes())
     if peaks is None:
         return None
     return FromRanks(
         ranks=ranks,
-        layout=layout,
+        layout=taken(train, LAYOUT),
         dtype=dtype,
-        padding=-vocabulary % layout.get("tensor_model_parallel_size", 1),
+        padding=-vocabulary % train.get("tensor_model_parallel_size", 1),
         batches=batches,
         recipe=recipe if isinstance(recipe, Recipe) else None,
         unmeasured=reasons,
@@ -166,6 +158,54 @@ def measure_on_ranks(
         peak_memory=peaks,
         **found,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOf:
+    """Makes Megatron's model of the checkpoint; fields as in `measure_on_ranks`."""
+
+    architecture: Mapping[str, Any]
+    checkpoint: Path
+    vocabulary: int
+    rounded_to: torch.dtype | None
+
+    def __call__(
+        self, options: Mapping[str, Any], batch: Tensor
+    ) -> AbstractContextManager[RankedModel]:
+        """With some of training's options, for batches like this one."""
+        # Routers have an auxiliary loss in training, which transformers' models have not.
+        common = {"moe_aux_loss_coeff": [0.0]} if self.architecture.get("num_experts") else {}
+        shape = (len(batch), batch.shape[1] - 1)
+        chosen = {**options, **common}
+        asked = model_options(self.architecture, self.checkpoint, self.vocabulary, chosen, shape)
+        return ranked_model(asked, self.rounded_to)
+
+
+def in_float32(
+    model_of: ModelOf, train: Mapping[str, Any], batches: Sequence[Tensor], reasons: Container[str]
+) -> dict[str, Any]:
+    """Of `FromRanks` the outputs under training's layout and, but for reasons, gradients and steps."""
+    found: dict[str, Any] = {"gradients": {}}
+    first = batches[0]
+    with model_of(taken(train, LAYOUT, OPTIMIZER, SCHEDULE), first) as model:
+        found["outputs"] = model.forward(first, model_of.vocabulary)
+        if GRADIENTS not in reasons:
+            found["gradients"]["training's layout"] = model.gradients(first)
+        if TRAJECTORY not in reasons:
+            found["steps"] = model.steps(batches)
+    if torch.distributed.get_world_size() > 1 and GRADIENTS not in reasons:
+        with model_of({}, first) as model:
+            found["gradients"][ONE_RANK] = model.gradients(first)
+    return found
+
+
+def in_training_dtype(
+    model_of: ModelOf, train: Mapping[str, Any], sampled: Tensor
+) -> dict[str, Any]:
+    """Of `FromRanks` the outputs in the dtype that training computes in."""
+    with model_of(taken(train, LAYOUT, DTYPE, OPTIMIZER), sampled) as model:
+        outputs = model.forward(sampled, model_of.vocabulary)
+    return {"sampled": sampled, "outputs_in_dtype": outputs}
 
 
 def shared(make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -183,7 +223,7 @@ def reasons_not_to(
     machine = [free_memory() * FREE_SHARE, operations_per_second()]
     torch.distributed.broadcast_object_list(machine, src=0)  # one answer for all ranks
     free, rate = machine
-    passes = {GRADIENTS: 15, TRAJECTORY: 12 * config.parity.trajectory_iterations}
+    passes = {**PASSES, TRAJECTORY: PASSES[TRAJECTORY] * config.parity.trajectory_iterations}
     reasons = {}
     for gate, size in BYTES.items():
         minutes = passes.get(gate, 1) * 2 * parameters * TRAINED_TOKENS / rate / 60
@@ -208,6 +248,8 @@ def reasons_not_to(
         reasons[TRAJECTORY] = "measured before training"
     elif not config.parity.trajectory_iterations:
         reasons[TRAJECTORY] = "parity.trajectory_iterations is 0"
+    if torch.distributed.get_world_size() == 1 and {GRADIENTS, TRAJECTORY} <= reasons.keys():
+        reasons.setdefault(LAYOUT_GATE, "training's layout is one rank, as that of the other gates")
     if config.train.get("context_parallel_size", 1) != 1:
         reasons["context parallel"] = "it needs a GPU; the layout was measured without it"
     return reasons

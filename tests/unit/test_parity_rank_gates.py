@@ -10,11 +10,13 @@ import torch
 from megaqwen.config.rank_options import check_ranks, deciding, number_format, ranks_of_layout
 from megaqwen.errors import InputError
 from megaqwen.parity.batches import make_batches
-from megaqwen.parity.deep_gates import error_ratio, mean_and_least
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.localization import likely_cause
 from megaqwen.parity.machine import free_memory
+from megaqwen.parity.rank_gates import error_ratio, mean_and_least
+from megaqwen.parity.ranked_model import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of
+from megaqwen.parity.tensor_error import first_on_the_way_back, tensor_error, worst_of
 
 TRAIN: dict[str, Any] = {"lr": 1.0, "min_lr": 0.2, "train_iters": 12, "lr_warmup_iters": 2}
 
@@ -93,6 +95,34 @@ def test_a_position_that_went_astray_is_one_of_many() -> None:
     other = exact * 1.03
     other[4] += 100.0  # as where a router chose another expert
     assert error_ratio(exact, exact * 1.01, other) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_a_tensors_error_is_told_in_units_of_rounding() -> None:
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = tensor_error("a", exact, exact * (1 + 1e-7), exact * (1 + 3e-7))
+    assert found.ratio == pytest.approx(3.0, rel=1e-6)
+    assert (found.cosine, found.relative_norm) == pytest.approx((1.0, 1.0))
+    nothing = torch.zeros(2)
+    assert tensor_error("b", nothing, nothing, nothing).ratio == 0.0
+    assert tensor_error("c", exact, exact, exact * 1.1).ratio == math.inf
+
+
+def test_the_first_tensor_on_the_way_back_is_the_nearest_to_the_head() -> None:
+    exact, nan = torch.ones(3), torch.full((3,), math.nan)
+    near, far = exact * (1 + 1e-6), exact * 1.1
+    rows = {"embedding": nan, "layer 0": far, "layer 1": far, "head": near}
+    errors = [tensor_error(name, exact, near, other) for name, other in rows.items()]
+    first = first_on_the_way_back(errors, 10.0)
+    assert first and first.name == "layer 1"
+    assert first_on_the_way_back(errors[-1:], 10.0) is None
+    assert worst_of(errors).name == "embedding"
+
+
+def test_micro_batches_are_put_together_in_the_order_of_the_batch() -> None:
+    """Two data parallel ranks of two stages, the second of which has no first layer."""
+    numbers = [torch.full((2, 1), float(number)) for number in range(4)]
+    found = [(0, {0: numbers[0::2]}), (1, {0: numbers[1::2]}), (0, {}), (1, {})]
+    assert in_order(found, 0).flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_may_be_chance_is_taken_off() -> None:
