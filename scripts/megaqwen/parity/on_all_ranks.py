@@ -50,7 +50,7 @@ PASSES = {GRADIENTS: 15, TRAJECTORY: 12}
 3 (of gradients twice, under training's layout and on one rank), transformers' 3, and 6 in float64."""
 FREE_SHARE = 0.7
 """Of the memory that is free, what the gates may take."""
-TRAINED_TOKENS = MOST_TOKENS // 2
+TRAINED_TOKENS = MOST_TOKENS // 4
 """Of a batch that is trained on: forward and backward, and in float64 as well."""
 SAMPLED = 16
 """Sequences of the comparison in training's dtype: of a few, chance would decide."""
