@@ -43,36 +43,37 @@ def run_stage(name: str, *words: object) -> None:
     subprocess.run(command, check=True)
 
 
-def prepare(shape: str, place: Path, minutes: float) -> Path:
-    """Everything that the stage reads; its config."""
-    make_model(shape, place / "model" / "hf")
-    train_tokenizer(SHAPES[shape]["max_position_embeddings"]).save_pretrained(
-        place / "model" / "hf"
+def prepare(shape: str, place: Path) -> None:
+    """Everything that the stage reads; kept for another run."""
+    model = place / "model" / "hf"
+    make_model(shape, model)
+    train_tokenizer(SHAPES[shape]["max_position_embeddings"]).save_pretrained(model)
+    config = write_config(
+        place / "preparing.yaml", model={"source": "path", "path": str(model)}, train=ONE_RANK
     )
+    words = ("--config", config, "--model", model, "--output")
+    run_stage("convert.py", *words, place / "megatron")
+    run_stage("preprocess.py", *words, place / "data")
+
+
+def measure(shape: str, directory: Path, minutes: float) -> dict[str, Any]:
+    """The manifest of the stage."""
+    place = directory / shape
+    if not (place / "data" / "manifest.json").is_file():
+        shutil.rmtree(place, ignore_errors=True)
+        prepare(shape, place)
     config = write_config(
         place / "config.yaml",
         model={"source": "path", "path": str(place / "model" / "hf")},
         train=ONE_RANK,
         parity={"minutes": minutes},
     )
-    words = ("--config", config, "--model", place / "model" / "hf", "--output")
-    run_stage("convert.py", *words, place / "megatron")
-    run_stage("preprocess.py", *words, place / "data")
-    return config
-
-
-def measure(shape: str, directory: Path, minutes: float) -> dict[str, Any]:
-    """The manifest of the stage."""
-    place = directory / shape
-    config = place / "config.yaml"
-    if not config.is_file():
-        shutil.rmtree(place, ignore_errors=True)
-        config = prepare(shape, place, minutes)
     run_stage(
         *("parity.py", "--config", config, "--crossing", "convert"),
         *("--model", place / "model" / "hf", "--checkpoint", place / "megatron" / "checkpoint"),
         *("--checkpoint-manifest", place / "megatron" / "manifest.json"),
         *("--data", place / "data", "--output", place / "parity" / "parity.json"),
+        *("--log", place / "parity" / "log"),
     )
     found: dict[str, Any] = read_json(place / "parity" / "parity.json")
     return found

@@ -87,7 +87,7 @@ def measured_on(ranks: int, directory: Path) -> list[dict[str, Any]]:
     told, output, log = (directory / f"{ranks}.{kind}" for kind in ("jobs", "rows", "log"))
     told.write_text(json.dumps(jobs))
     command: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), Path(__file__).with_name("rank_mistakes.py")]
+    command += ["--nproc-per-node", str(ranks), Path(__file__).with_name("try_rank_mistakes.py")]
     command += [told, output]
     with open(log, "w") as stream:
         process = subprocess.Popen(

@@ -13,7 +13,7 @@ from megaqwen.parity.batches import make_batches
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.localization import likely_cause
 from megaqwen.parity.machine import free_memory
-from megaqwen.parity.rank_gates import error_ratio, mean_and_least
+from megaqwen.parity.rank_gates import error_ratio, losses_gate, mean_and_least
 from megaqwen.parity.ranked_model import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of
 from megaqwen.parity.tensor_error import first_on_the_way_back, tensor_error, worst_of
@@ -116,6 +116,16 @@ def test_the_first_tensor_on_the_way_back_is_the_nearest_to_the_head() -> None:
     assert first and first.name == "layer 1"
     assert first_on_the_way_back(errors[-1:], 10.0) is None
     assert worst_of(errors).name == "embedding"
+
+
+def test_a_loss_in_float32_is_no_more_exact_than_its_size_allows() -> None:
+    exact = [8.0, 7.5]
+    lucky = losses_gate([8.0 + 9e-7, 7.5], [8.0 + 1e-8, 7.5], exact)
+    assert lucky.passed and lucky.threshold == pytest.approx(4 * 8 * 2**-23)
+    rounded = losses_gate([8.0, 7.5 + 9e-6], [8.0 + 3e-6, 7.5], exact)
+    assert rounded.passed and rounded.threshold == pytest.approx(12e-6)
+    wrong = losses_gate([8.0, 7.5 + 9e-6], [8.0, 7.5], exact)
+    assert not wrong.passed and "before step 2" in wrong.detail
 
 
 def test_micro_batches_are_put_together_in_the_order_of_the_batch() -> None:

@@ -42,12 +42,15 @@ logger = logging.getLogger("megaqwen.parity")
 
 LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
 ONE_RANK = "one tensor parallel rank"
-BYTES = {LAYOUT_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64}
+BYTES = {LAYOUT_GATE: 12, DTYPE_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64}
 """Of memory for each parameter: Megatron's weights, gradients and moments, then transformers' in
 float64 and float32."""
-PASSES = {GRADIENTS: 15, TRAJECTORY: 12}
-"""What they cost in forward passes of float32, of the steps each: Megatron's forward and backward pass
-3 (of gradients twice, under training's layout and on one rank), transformers' 3, and 6 in float64."""
+PASSES = {LAYOUT_GATE: 4, DTYPE_GATE: 12, GRADIENTS: 15, TRAJECTORY: 12}
+"""What they cost in forward passes of float32 over TRAINED_TOKENS; a trajectory, for each step.
+
+Forward and backward are 3, and float64 counts twice: gradients are Megatron's under training's layout and
+on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKENS, in three models.
+"""
 FREE_SHARE = 0.7
 """Of the memory that is free, what the gates may take."""
 TRAINED_TOKENS = MOST_TOKENS // 4
@@ -226,16 +229,16 @@ def reasons_not_to(
     passes = {**PASSES, TRAJECTORY: PASSES[TRAJECTORY] * config.parity.trajectory_iterations}
     reasons = {}
     for gate, size in BYTES.items():
-        minutes = passes.get(gate, 1) * 2 * parameters * TRAINED_TOKENS / rate / 60
+        minutes = passes[gate] * 2 * parameters * TRAINED_TOKENS / rate / 60
         if parameters * size > free:
             reasons[gate] = (
                 f"{parameters * size / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB"
                 " may be used"
             )
-        elif gate in passes and minutes > config.parity.minutes:
+        elif minutes > config.parity.minutes:
             reasons[gate] = f"it would take {minutes:.0f} minutes, more than parity.minutes"
-    if LAYOUT_GATE in reasons:
-        reasons[DTYPE_GATE] = reasons[LAYOUT_GATE]
+    if LAYOUT_GATE in reasons:  # whose model the others need as well
+        reasons = dict.fromkeys(BYTES, reasons[LAYOUT_GATE]) | reasons
     if dtype in ("fp8", "fp4"):
         reasons[DTYPE_GATE] = f"{dtype} needs a GPU, and parity runs on CPUs"
     if dtype == "float16":

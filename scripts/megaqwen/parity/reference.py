@@ -107,6 +107,8 @@ class Recipe:
 def learning_rates(train: Mapping[str, Any], steps: int) -> tuple[float, ...]:
     """The first learning rates of a schedule: up in a line, then down to min_lr over the decay.
 
+    As Megatron-Core's `OptimizerParamScheduler.get_lr` has it, in iterations for samples.
+
     Args:
         train: Megatron's options; lr_decay_style is one of DECAYS.
         steps: How many.
