@@ -236,7 +236,7 @@ def reasons_not_to(
                 " may be used"
             )
         elif minutes > config.parity.minutes:
-            reasons[gate] = f"it would take {minutes:.0f} minutes, more than parity.minutes"
+            reasons[gate] = f"it would take {minutes:.2g} minutes, more than parity.minutes"
     if LAYOUT_GATE in reasons:  # whose model the others need as well
         reasons = dict.fromkeys(BYTES, reasons[LAYOUT_GATE]) | reasons
     if dtype in ("fp8", "fp4"):
