@@ -22,6 +22,7 @@ include: "rules/report.smk"
 
 localrules:
     all,
+    download,
     parity,
 
 
@@ -35,6 +36,7 @@ rule all:
 
 
 onstart:
+    cancel_jobs_when_terminated()
     store_resolved_config()
 
 
