@@ -38,6 +38,7 @@ rule all:
 onstart:
     cancel_jobs_when_terminated()
     store_resolved_config()
+    wait_for_earlier_training()
 
 
 onsuccess:

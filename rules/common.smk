@@ -14,6 +14,8 @@ from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
+from megaqwen.training.attempts import check_retry
+from megaqwen.training.earlier_job import wait_for_earlier_job
 from megaqwen.training.launch import Allocation
 
 try:
@@ -123,7 +125,19 @@ def ranks_per_node(wildcards):
 
 def try_number(wildcards, attempt):
     """Which of Snakemake's tries of a job this is: retries stop where they get nowhere."""
+    if attempt > 1 and workflow.is_main_process:
+        wait_for_earlier_training()  # first: an attempt that is still at it has not failed
+        try:
+            check_retry(LAYOUT.checkpoints)
+        except InputError as error:
+            raise WorkflowError(f"train: {error}") from None
     return attempt
+
+
+def wait_for_earlier_training():
+    """Not to submit what the lease of a living job would refuse, time and again."""
+    if workflow.non_local_exec and workflow.is_main_process:
+        wait_for_earlier_job(LAYOUT.checkpoints, logger.warning)
 
 
 def slurm_tasks(wildcards):

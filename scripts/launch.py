@@ -97,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--container", default="", help="an image in which srun starts the ranks")
     options.add_argument("--container-runtime", choices=CONTAINERS, default="apptainer")
     options.add_argument("--mounts", default="", help="what the container shows: PATH,PATH")
-    options.add_argument("--environment", default="", help="of the ranks: 'NAME=VALUE NAME=VALUE'")
+    options.add_argument(
+        "--environment", type=variables, default="", help="of the ranks: 'NAME=VALUE NAME=VALUE'"
+    )
     options.add_argument("--log", type=Path, required=True)
     options.add_argument("--checkpoints", type=Path, help="where they save")
     options.add_argument(
@@ -166,7 +168,7 @@ def run_ranks(
     lease: Lease | None = None,
 ) -> Ended:
     """Start the ranks and wait for the last of them."""
-    own = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank), **variables(arguments.environment)}
+    own = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank), **arguments.environment}
     log.start()
     # The launchers' own words (a traceback of torchrun for each failure) go to the log.
     with open(arguments.log, "a", encoding="utf-8") as stream:
@@ -187,7 +189,10 @@ def run_ranks(
 
 def variables(text: str) -> dict[str, str]:
     """`NAME=VALUE NAME=VALUE` as a mapping."""
-    return dict(word.split("=", 1) for word in shlex.split(text))
+    words = shlex.split(text)
+    if wrong := [word for word in words if not word.partition("=")[1]]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is not NAME=VALUE")
+    return dict(word.split("=", 1) for word in words)
 
 
 def what_was_kept(checkpoints: Path) -> str:

@@ -31,6 +31,20 @@ def this_job() -> dict[str, Any] | None:
     return {"job_id": job, "node_list": nodes, **accounted([job]).get(job, {})}
 
 
+def is_queued(job: str) -> bool:
+    """Whether squeue has a job that waits, runs or ends; False where it can't be asked."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return bool(done.stdout.strip())
+
+
 def accounted(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
     """What sacct tells of jobs, by id: FIELDS, times as sacct writes them, and the peak memory of a step.
 

@@ -23,6 +23,18 @@ wait_for() { # SECONDS COMMAND...
   return 1
 }
 
+start_node() { # NUMBER
+  local node=node$1
+  ip netns add "$node"
+  ip link add "veth$1" type veth peer name eth0 netns "$node"
+  ip link set "veth$1" master cluster up
+  ip -n "$node" addr add "$network.$((10 + $1))/24" dev eth0
+  ip -n "$node" link set eth0 up
+  ip -n "$node" link set lo up
+  # Not `ip netns exec`: it mounts /sys anew, and slurmd finds no /sys/fs/cgroup.
+  nsenter --net="/run/netns/$node" unshare --uts sh -c "hostname $node; exec slurmd -N $node"
+}
+
 # Files of our own where Slurm looks. Not $SLURM_CONF: Snakemake's job step takes SLURM_* away.
 mkdir -p "$state"/{etc,slurmctld,spool,dev,mysql}
 mount --make-rprivate /
@@ -50,8 +62,10 @@ for ((n = 1; n <= nodes; n++)); do
   echo "NodeName=node$n NodeAddr=$network.$((10 + n)) CPUs=$cpus CoresPerSocket=$cpus" \
     "RealMemory=$memory Gres=gpu:h100:$gpus State=UNKNOWN" >>/etc/slurm/slurm.conf
 done
-# A GPU is a device that is there and does nothing.
-for ((g = 0; g < gpus; g++)); do mknod "$state/dev/nvidia$g" c 1 3; done
+# A GPU is a device that is there and does nothing; where none may be made, a file.
+for ((g = 0; g < gpus; g++)); do
+  mknod "$state/dev/nvidia$g" c 1 3 2>/dev/null || touch "$state/dev/nvidia$g"
+done
 echo "Name=gpu Type=h100 File=$state/dev/nvidia[0-$((gpus - 1))]" >/etc/slurm/gres.conf
 cat >/etc/slurm/slurmdbd.conf <<CONF
 AuthType=auth/munge
@@ -89,9 +103,9 @@ sacctmgr -i add user root Account=lab DefaultAccount=lab
 
 slurmctld
 wait_for 60 scontrol ping
-for ((n = 1; n <= nodes; n++)); do "$here/node.sh" "$n"; done
+for ((n = 1; n <= nodes; n++)); do start_node "$n"; done
 
-all_idle() { [ "$(sinfo -h -N -p gpu -t idle -o %N | wc -l)" = "$nodes" ]; }
+all_idle() { [ "$(sinfo -h -N -t idle -o %N | sort -u | wc -l)" = "$nodes" ]; }
 wait_for 120 all_idle
 touch "$state/ready"
 # As the first process it has to collect those whose parent is gone; ignoring SIGCHLD does.

@@ -1,124 +1,119 @@
-"""The whole run through Slurm: every stage a job, training over two nodes, interrupted on its way.
+"""A Slurm cluster and what befalls trainings on it: scenarios.py tells, here is what must come of it.
 
 A training that was told to leave, and then lost a node, has the losses and the weights of one that
 nothing happened to, on one machine: to the bit.
 """
 
 import re
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from checkout import Checkout
-from cluster import Cluster, OnCluster
+from cluster import Cluster
+from scenarios import (
+    SNAKEMAKE,
+    StubTraining,
+    Training,
+    cancelled_and_lost,
+    failing,
+    interrupted,
+    stopped,
+    stub,
+    time_limit,
+    together,
+)
 
 from megaqwen.provenance import read_json
-from megaqwen.training.metrics import read_metrics
+from megaqwen.training.attempts import KILLED
 from megaqwen.weights import read_hf_tensors
 from workspace import losses
 
 pytestmark = pytest.mark.slow
 
 # The embedded default for fewer iterations.
+ITERATIONS = 80
 SMALL = {
-    "train_iters": 60,
+    "train_iters": ITERATIONS,
     "lr_warmup_iters": 2,
     "save_interval": 20,
-    "eval_interval": 30,
+    "eval_interval": 40,
     "eval_iters": 1,
     "micro_batch_size": 8,
 }
 WORDS = ("--configfile", "config/experiments/cluster.yaml", "small.yaml")
-SNAKEMAKE = (sys.executable, "-m", "snakemake", "--profile", "slurm")
-OMP = {"OMP_NUM_THREADS": "1"}
-LONG = 1800  # seconds that anything may take on a machine with other work
-
-
-def eventually(run: OnCluster, true: Callable[[], object]) -> None:
-    """Wait until `true` is, while Snakemake runs."""
-    end = time.monotonic() + LONG
-    while not true():
-        assert run.process.poll() is None and time.monotonic() < end, run.said
-        time.sleep(0.5)
-
-
-class Training:
-    """Training's jobs and what they have written."""
-
-    def __init__(self, cluster: Cluster, clone: Path, run: OnCluster):
-        self.cluster, self.clone, self.run = cluster, clone, run
-        self.job: str | None = None
-
-    def next_job(self) -> str:
-        """Wait until another job of training runs; its id."""
-        earlier = self.job
-
-        def another() -> bool:
-            self.job = self.cluster.running("train") or earlier
-            return self.job != earlier
-
-        eventually(self.run, another)
-        assert self.job
-        return self.job
-
-    def until(self, iteration: int) -> None:
-        """Wait until an iteration is trained."""
-        eventually(self.run, lambda: self.iteration() >= iteration)
-
-    def iteration(self) -> int:
-        """The last one that the metrics have."""
-        files = list(self.clone.glob("results/runs/cluster/train/checkpoints/*/metrics.jsonl"))
-        return max((row["iteration"] for file in files for row in read_metrics(file)), default=0)
+# Two nodes of two ranks each, beside others.
+SHARED = {"ranks_per_node": 2, "mem_mb": 3000, "sbatch_options": "", "slurm_partition": "third"}
 
 
 @pytest.fixture(scope="module")
-def printed(cluster: Cluster, clone: Path) -> str:
-    """What Snakemake says of the whole run."""
+def ended(cluster: Cluster, clone: Path, stubs: Path) -> dict[str, Any]:
+    """What came of each scenario."""
     (clone / "small.yaml").write_text(yaml.safe_dump({"train": SMALL}))
-    run = OnCluster(cluster, [*SNAKEMAKE, "all", *WORDS], clone, OMP)
-    training = Training(cluster, clone, run)
-    job = training.next_job()
-    training.until(2)
-    cluster.run("scancel", "--signal=USR1", job)  # as before a time limit: to the ranks
-    job = training.next_job()
-    training.until(22)
-    dead = cluster.nodes(job)[-1]
-    cluster.kill_node(dead)
-    training.next_job()
-    cluster.start_node(dead)
-    assert run.wait(LONG) == 0, run.said
-    return run.said
+    whole = Training(cluster=cluster, clone=clone, words=("all", *WORDS))
+    lost = stub(cluster, stubs, "lost", **{**SHARED, "slurm_partition": "second"})
+    limit = stub(cluster, stubs, "limit", **SHARED, runtime=3, save_seconds=60)
+    return together(
+        {
+            "interrupted": interrupted(whole),
+            "cancelled and lost": cancelled_and_lost(lost),
+            "time limit": time_limit(limit),
+            "stopped": stopped(stub(cluster, stubs, "stopped", **SHARED)),
+            "failing": failing(stub(cluster, stubs, "failing", **SHARED)),
+        }
+    )
 
 
-def test_every_stage_is_a_job_but_download(cluster: Cluster, printed: str) -> None:
-    assert "parity after convert: passed" in printed
-    assert "parity after export: passed" in printed
-    words = ("sacct", "-X", "--noheader", "--parsable2", "--starttime=now-1days")
-    table = cluster.run(*words, "--format=comment,state,nnodes")
-    rows = [line.split("|") for line in table.splitlines()]
-    done = {comment: int(nodes) for comment, state, nodes in rows if state == "COMPLETED"}
+def outcome(ended: dict[str, Any], name: str) -> Any:
+    if isinstance(ended[name], Exception):
+        raise ended[name]
+    return ended[name]
+
+
+@pytest.fixture
+def whole(ended: dict[str, Any]) -> Training:
+    """The embedded default."""
+    training: Training = outcome(ended, "interrupted")
+    return training
+
+
+def test_every_stage_is_a_job_but_download(cluster: Cluster, whole: Training) -> None:
+    (said,) = whole.said
+    assert "parity after convert: passed" in said
+    assert "parity after export: passed" in said
+    jobs = re.findall(r"submitted with SLURM jobid (\d+) \(log: \S+/rule_(\w+)/", said)
+    words = ("sacct", "-X", "--noheader", "--parsable2", "--format=jobid,state,nnodes")
+    table = cluster.run(*words, f"--jobs={','.join(job for job, _ in jobs)}")
+    states = {job: (state, int(nodes)) for job, state, nodes in map(columns, table.splitlines())}
+    found = [(rule, *states[job]) for job, rule in jobs]
     stages = ("convert", "preprocess", "parity_gate", "parity_convert", "export", "parity_export")
     # Where the network is, Snakemake itself runs: download is no job.
-    assert done == {**{f"rule_{stage}": 1 for stage in (*stages, "report")}, "rule_train": 2}
-    states = [state for comment, state, _ in rows if comment == "rule_train"]
-    assert states == ["FAILED", "NODE_FAIL", "COMPLETED"]
+    assert {(rule, *rest) for rule, *rest in found if rule != "train"} == {
+        (stage, "COMPLETED", 1) for stage in (*stages, "report")
+    }
+    ends = [state for rule, *state in found if rule == "train"]
+    assert ends == [["FAILED", 2], ["NODE_FAIL", 2], ["COMPLETED", 2]]
 
 
-def test_training_went_on_from_what_was_saved(clone: Path, printed: str) -> None:
-    logs = clone / "results/runs/cluster/logs"
-    text = (logs / "train.log.rank1.log").read_text()
-    (left,) = re.findall(r"stopped: iteration (\d+) of 60 is saved", text)
-    starts = re.findall(r"from the converted weights|resuming after iteration \d+", text)
-    *first, last = starts
-    assert first == ["from the converted weights", f"resuming after iteration {left}"]
-    assert last in ("resuming after iteration 20", "resuming after iteration 40")
+def columns(line: str) -> list[str]:
+    return line.split("|")
 
 
-def test_it_is_bitwise_the_training_of_one_machine(clone: Path, printed: str) -> None:
+def test_training_went_on_from_what_was_saved(whole: Training) -> None:
+    text = (whole.clone / "results/runs/cluster/logs/train.log.rank1.log").read_text()
+    (left,) = re.findall(rf"stopped: iteration (\d+) of {ITERATIONS} is saved", text)
+    first, second, third = whole.attempts
+    assert (first.resumed, second.resumed) == (0, int(left))
+    assert third.resumed >= second.resumed and third.reason == "finished"
+    manifest = read_json(whole.clone / "results/runs/cluster/train/manifest.json")
+    assert manifest["slurm_job"]["job_id"] == third.slurm_job_id
+    assert manifest["slurm_job"]["node_list"] == "node[3-4]"  # what was lost is left out
+
+
+def test_it_is_bitwise_the_training_of_one_machine(whole: Training) -> None:
+    clone = whole.clone
     done = Checkout(clone).snakemake("--profile", "local", "train", *WORDS, "--config", "run=alone")
     assert done.returncode == 0, done.stdout
     assert re.search(r"^train +1$", done.stdout, re.MULTILINE)
@@ -127,17 +122,74 @@ def test_it_is_bitwise_the_training_of_one_machine(clone: Path, printed: str) ->
         (checkpoints,) = (clone / "results/runs" / run / "train/checkpoints").iterdir()
         manifest = read_json(clone / "results/runs" / run / "train/manifest.json")
         hf = next((clone / "results/shared/models").glob("*/hf/config.json"))
-        weights = dict(read_hf_tensors(checkpoints, read_json(hf), iteration=60))
+        weights = dict(read_hf_tensors(checkpoints, read_json(hf), iteration=ITERATIONS))
         results.append((losses(checkpoints), manifest["results"]["evaluations"], weights))
     (alone_losses, alone_evaluations, alone), (found, evaluations, there) = results
-    assert len(found) == 60 and found == alone_losses
+    assert len(found) == ITERATIONS and found == alone_losses
     assert evaluations == alone_evaluations
     assert [name for name in alone if not torch.equal(alone[name], there[name])] == []
 
 
-def test_topology_and_profile_redo_nothing(cluster: Cluster, clone: Path, printed: str) -> None:
+def test_topology_and_profile_redo_nothing(cluster: Cluster, whole: Training) -> None:
     said = cluster.run(
-        *("env", "--chdir", clone, *SNAKEMAKE, "all", *WORDS, "--set-resources", "train:nodes=1"),
+        *("env", "--chdir", whole.clone, *SNAKEMAKE, *whole.words),
+        *("--set-resources", "train:nodes=1"),
         seconds=300,
     )
     assert "Nothing to be done" in said
+
+
+def one_writer_at_a_time(training: StubTraining) -> None:
+    """Each job wrote once, in one go, from where an earlier one had saved."""
+    chunks = training.chunks()
+    assert len({job for job, _ in chunks}) == len(chunks)
+    starts = {each.slurm_job_id: each.resumed for each in training.attempts}
+    for job, iterations in chunks:
+        first = starts[job] + 1
+        assert iterations == list(range(first, first + len(iterations)))
+
+
+def test_a_cancelled_job_and_a_lost_node(ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "cancelled and lost")
+    one_writer_at_a_time(training)
+    first, second, third = training.attempts
+    assert first.resumed == 0 < second.resumed <= third.resumed
+    assert third.reason == "finished"
+    (said,) = training.said
+    assert "SLURM status is: 'CANCELLED'" in said
+    assert "SLURM status is: 'NODE_FAIL'" in said
+
+
+def test_the_ranks_of_each_node(ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "stopped")
+    logs = (training.clone / "results/runs/cluster/logs").glob("train.log.rank*.log")
+    words = {path.read_text().splitlines()[0].partition("INFO ")[2] for path in logs}
+    nodes = {0: 9, 1: 9, 2: 10, 3: 10}
+    assert words == {f"rank {rank} of 4 on node{node}" for rank, node in nodes.items()}
+
+
+def test_slurm_tells_the_ranks_before_the_time_limit(ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "time limit")
+    one_writer_at_a_time(training)
+    first, second = training.attempts
+    assert first.resumed == 0 < second.resumed == first.reached
+    assert first.reason != KILLED and second.reason == "finished"
+
+
+def test_stopped_by_ctrl_c_sigterm_and_sigkill(ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "stopped")
+    one_writer_at_a_time(training)
+    resumed = [each.resumed for each in training.attempts]
+    assert len(resumed) == 4 and resumed == sorted(resumed) and 0 < resumed[1] < resumed[2]
+    assert "was killed: its lock on this directory is taken off" in training.said[-1]
+    # The job of the Snakemake that was killed ended by itself, and the next one had nothing to train.
+    assert [each.reason for each in training.attempts[2:]] == ["finished", "finished"]
+    assert len(training.chunks()) == 3
+
+
+def test_what_fails_at_once_is_not_tried_fifty_times(ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "failing")
+    (said,) = training.said
+    assert "each started after iteration 0 and failed before they saved" in said
+    assert "told to fail" in said
+    assert 2 <= len(training.attempts) <= 3

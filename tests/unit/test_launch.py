@@ -70,3 +70,9 @@ def test_srun_starts_the_ranks_in_a_container(tmp_path: Path) -> None:
     assert found[:5] == ["bash", "-lc", 'module load $0 && exec "$@"', "cuda/12 nccl", "srun"]
     assert "--container-image=/shared/megaqwen.sif" in found
     assert "--container-mounts=/shared:/shared,/scratch:/scratch" in found
+
+
+def test_an_environment_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--environment", "NCCL_DEBUG=INFO ib0")
+    assert done.returncode == 2
+    assert "--environment: ib0 is not NAME=VALUE" in done.stderr

@@ -27,6 +27,7 @@ if name == "sbatch":
         subprocess.run(words[-1].removeprefix("--wrap="), shell=True)
     sys.exit("recorded")
 if name == "srun":
+    pathlib.Path("environment.json").write_text(json.dumps(dict(os.environ)))
     sys.exit(1)
 """
 TOOLS = ("sbatch", "srun", "sacctmgr", "sinfo", "scontrol", "squeue", "sacct")
@@ -111,14 +112,6 @@ SHAPES = {
             " --signal=USR1@300 --exclusive",
         ),
     ),
-    "2x8": (
-        {},
-        sbatch(
-            "-t 1440 --nodes=2",
-            "--ntasks=16 --cpus-per-task=12 --gpus-per-node=8 --ntasks-per-node=8"
-            " --signal=USR1@300 --exclusive",
-        ),
-    ),
     "16x8, every option": (
         {
             "nodes": 16,
@@ -146,3 +139,24 @@ SHAPES = {
 def test_what_sbatch_is_asked_for(checkout: Checkout, shape: str) -> None:
     settings, expected = SHAPES[shape]
     assert train_on(checkout, **settings) == expected
+
+
+def test_two_nodes_and_a_container(checkout: Checkout) -> None:
+    (checkout.directory / "run-the-job").touch()
+    image = {"container": "/shared/megaqwen.sif", "mounts": "/shared,/scratch"}
+    # One CPU a rank, since of more the job is given what the machine has.
+    settings = {"threads": 1, "environment": "NCCL_SOCKET_IFNAME=ib0"}
+    assert train_on(checkout, **image, **settings) == sbatch(
+        "-t 1440 --nodes=2",
+        "--ntasks=16 --cpus-per-task=1 --gpus-per-node=8 --ntasks-per-node=8"
+        " --signal=USR1@300 --exclusive",
+    )
+    # The job itself runs, up to srun.
+    (words,) = recorded(checkout, "srun")
+    assert words[: words.index("scripts/train.py")] == shlex.split(
+        "--nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=1 --gpus-per-node=8"
+        " --kill-on-bad-exit=1 --quit-on-interrupt"
+        " apptainer exec --nv --bind /shared --bind /scratch /shared/megaqwen.sif python"
+    )
+    environment = json.loads((checkout.directory / "environment.json").read_text())
+    assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
