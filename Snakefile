@@ -22,6 +22,7 @@ include: "rules/report.smk"
 
 localrules:
     all,
+    download,
     parity,
 
 
@@ -35,7 +36,9 @@ rule all:
 
 
 onstart:
+    cancel_jobs_when_terminated()
     store_resolved_config()
+    wait_for_earlier_training()
 
 
 onsuccess:

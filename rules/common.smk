@@ -1,5 +1,6 @@
 # The run's config and layout, read once. Python lives in scripts/megaqwen; this names its results.
 import os
+import signal
 import time
 
 from megaqwen.config import load_config
@@ -14,6 +15,9 @@ from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
+from megaqwen.training.attempts import check_retry
+from megaqwen.training.earlier_job import wait_for_earlier_job
+from megaqwen.training.launch import Allocation
 
 try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
@@ -106,8 +110,23 @@ def model_files(wildcards):
     )
 
 
-def ranks_needed(wildcards):
-    """Ranks of one replica of the model: the fewest that can train it."""
+def train_setting(name, default):
+    """What the profile, or --set-resources, says of training: a resource's function sees no others."""
+    settings = workflow.resource_settings.overwrite_resources.get("train", {})
+    given = settings[name].raw if name in settings else default
+    return given.strip("'\"") if isinstance(given, str) else given
+
+
+def train_retries():
+    """Jobs that may follow the first; None leaves it to --retries."""
+    # A job would try again inside its own allocation.
+    return train_setting("retries", None) if workflow.is_main_process else None
+
+
+def ranks_per_node(wildcards):
+    """One for each GPU; without GPUs those of one replica of the model, the fewest that can train it."""
+    if gpus := train_setting("gpus_per_node", 0):
+        return gpus
     train = CONFIG.train
     sizes = (
         "tensor_model_parallel_size",
@@ -122,7 +141,44 @@ def ranks_needed(wildcards):
 
 def try_number(wildcards, attempt):
     """Which of Snakemake's tries of a job this is: retries stop where they get nowhere."""
+    if attempt > 1 and workflow.is_main_process:
+        wait_for_earlier_training()  # first: an attempt that is still at it has not failed
+        try:
+            check_retry(LAYOUT.checkpoints)
+        except InputError as error:
+            raise WorkflowError(f"train: {error}") from None
     return attempt
+
+
+def wait_for_earlier_training():
+    """Not to submit what the lease of a living job would refuse, time and again."""
+    if workflow.non_local_exec and workflow.is_main_process:
+        wait_for_earlier_job(LAYOUT.checkpoints, logger.warning)
+
+
+def slurm_tasks(wildcards):
+    """Ranks of the whole job, as sbatch wants to know."""
+    ranks = train_setting("ranks_per_node", ranks_per_node(wildcards))
+    return train_setting("nodes", 1) * ranks
+
+
+def slurm_extra(wildcards):
+    """sbatch's options for training that Snakemake has no resource for."""
+    return " ".join(
+        Allocation(
+            ranks_per_node=train_setting("ranks_per_node", ranks_per_node(wildcards)),
+            gpus_per_node=train_setting("gpus_per_node", 0),
+            gpu_type=train_setting("gpu_type", ""),
+            save_seconds=train_setting("save_seconds", 0),
+            options=train_setting("sbatch_options", ""),
+        ).sbatch()
+    )
+
+
+def cancel_jobs_when_terminated():
+    """On a cluster, SIGTERM does as Ctrl-C: Snakemake would wait for its jobs to end, for a day if need be."""
+    if workflow.non_local_exec:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def store_resolved_config():

@@ -10,15 +10,23 @@ rule train:
         LOGS / "train.log",
     benchmark:
         LOGS / "train.benchmark.tsv"
+    retries: train_retries()
     conda:
         "../envs/megaqwen.yaml"
     threads: 1
     resources:
         nodes=1,
-        ranks_per_node=ranks_needed,
+        ranks_per_node=ranks_per_node,
         gpus_per_node=0,
         launcher="torchrun",
         try_number=try_number,
+        tasks=slurm_tasks,
+        slurm_extra=slurm_extra,
+        modules="",
+        container="",
+        container_runtime="apptainer",
+        mounts="",
+        environment="",
     params:
         launch=launch_command,
         command=rank_command,
@@ -34,7 +42,10 @@ rule train:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads} --log {log}"
+        " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads}"
+        " --modules '{resources.modules}' --environment '{resources.environment}'"
+        " --container '{resources.container}' --mounts '{resources.mounts}'"
+        " --container-runtime {resources.container_runtime} --log {log}"
         " --checkpoints {params.checkpoints} --try-number {resources.try_number}"
         " --trained-from {params.model_manifest} --trained-from {input.data}"
         " {params.command} --model {params.model}"

@@ -29,7 +29,7 @@ from megaqwen.checkpoints import newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
 from megaqwen.errors import InputError, disk_is_full, is_disk_full
 from megaqwen.training import attempts
-from megaqwen.training.launch import Launch
+from megaqwen.training.launch import CONTAINERS, Launch
 from megaqwen.training.lease import Lease, leased
 from megaqwen.training.logs import LaunchLog
 from megaqwen.training.origins import set_apart
@@ -57,6 +57,10 @@ def main() -> int:
         ranks_per_node=arguments.ranks_per_node,
         gpus_per_node=arguments.gpus_per_node,
         cpus_per_rank=arguments.cpus_per_rank,
+        modules=arguments.modules,
+        container=arguments.container,
+        container_runtime=arguments.container_runtime,
+        mounts=arguments.mounts,
     )
     words = [*arguments.command, "--log", str(arguments.log)]
     command = launch.torchrun(words) if arguments.launcher == "torchrun" else launch.srun(words)
@@ -89,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--ranks-per-node", type=int, default=1)
     options.add_argument("--gpus-per-node", type=int, default=0)
     options.add_argument("--cpus-per-rank", type=int, default=1)
+    options.add_argument("--modules", default="", help="environment modules to load before srun")
+    options.add_argument("--container", default="", help="an image in which srun starts the ranks")
+    options.add_argument("--container-runtime", choices=CONTAINERS, default="apptainer")
+    options.add_argument("--mounts", default="", help="what the container shows: PATH,PATH")
+    options.add_argument(
+        "--environment", type=variables, default="", help="of the ranks: 'NAME=VALUE NAME=VALUE'"
+    )
     options.add_argument("--log", type=Path, required=True)
     options.add_argument("--checkpoints", type=Path, help="where they save")
     options.add_argument(
@@ -157,7 +168,7 @@ def run_ranks(
     lease: Lease | None = None,
 ) -> Ended:
     """Start the ranks and wait for the last of them."""
-    threads = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank)}
+    own = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank), **arguments.environment}
     log.start()
     # The launchers' own words (a traceback of torchrun for each failure) go to the log.
     with open(arguments.log, "a", encoding="utf-8") as stream:
@@ -166,7 +177,7 @@ def run_ranks(
             hands_on_signals=arguments.launcher == "srun",
             say=log.say,
             stderr=stream,
-            env={**os.environ, **threads, **environment},
+            env={**os.environ, **own, **environment},
         )
         if lease:
             lease.lost = ranks.kill
@@ -174,6 +185,14 @@ def run_ranks(
     if code and not ranks.signal:
         log.say_failure()
     return Ended(code=code, signal=ranks.signal.name if ranks.signal else None)
+
+
+def variables(text: str) -> dict[str, str]:
+    """`NAME=VALUE NAME=VALUE` as a mapping."""
+    words = shlex.split(text)
+    if wrong := [word for word in words if not word.partition("=")[1]]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is not NAME=VALUE")
+    return dict(word.split("=", 1) for word in words)
 
 
 def what_was_kept(checkpoints: Path) -> str:

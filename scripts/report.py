@@ -42,6 +42,7 @@ def report(arguments: argparse.Namespace) -> None:
     parity = pages.parity_tables(manifests)
     versions = pages.versions_table(manifests)
     stages = pages.stages_table(manifests)
+    jobs = pages.jobs_table(manifests)
     verified = as_yaml(verification(manifests))
     with new_directory(arguments.output) as directory:
         loss = figures.loss_figure(records, train["results"]["unigram_entropy"])
@@ -67,6 +68,7 @@ def report(arguments: argparse.Namespace) -> None:
             *((f"Parity after {crossing}", figure) for crossing, figure in drawn.items()),
             ("Verification card", f"<pre>{html.escape(verified)}</pre>"),
             ("Stages", stages),
+            *([("Slurm jobs", jobs)] if jobs else []),
             ("Config", f"<pre>{html.escape(text)}</pre>"),
             ("Versions", versions),
         ]

@@ -13,11 +13,15 @@ is saved, DIRECTORY gets manifest.json.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from megaqwen.console import run_command, stage_parser
 from megaqwen.environment import prepare_gpu
+from megaqwen.provenance import write_json
+from megaqwen.run_status import JOB
+from megaqwen.slurm_job import this_job
 from megaqwen.training.ranks import rank_from_environment
 
 
@@ -36,16 +40,27 @@ def train(arguments: argparse.Namespace) -> None:
     from megaqwen.training.preflight import check_run
 
     run = check_run(arguments)
+    if rank_from_environment().speaks:
+        write_json(run.output / JOB, this_job() or {})
     prepare_gpu()
     from megaqwen.training.run import pretrain_run
 
     pretrain_run(run)
 
 
+def save_before_time_limit() -> None:
+    """Take SIGUSR1, which Slurm sends before a job's time limit, as SIGTERM: to save and leave.
+
+    Not SIGTERM itself: who cancels a job sends that, and a few seconds later SIGKILL.
+    """
+    signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
 def main() -> int:
     """Run one rank; only the last rank, which knows the loss, speaks on the terminal."""
     options = parser()
     rank = rank_from_environment()
+    save_before_time_limit()
     return run_command(train, options, quiet=not rank.speaks, log_suffix=f"rank{rank.rank}.log")
 
 

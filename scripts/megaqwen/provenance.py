@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.errors import InputError
+from megaqwen.slurm_job import this_job
 
 MANIFEST_FORMAT = 1
 RECORDED_PACKAGES = (
@@ -239,7 +240,7 @@ class StageRecord:
                 "versions": installed_versions(),
                 "git": git_state(),
                 "host": socket.gethostname(),
-                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+                "slurm_job": this_job(),
                 "started": iso_time(self.started),
                 "finished": iso_time(finished),
                 "seconds": round(finished - self.started, 3),

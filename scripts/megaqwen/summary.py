@@ -37,24 +37,63 @@ def ended_lines(layout: Layout) -> list[str]:
     return lines
 
 
+KILLED_LINES = 40  # of the launcher's log, at most
+RANK_LINES = 5
+SHOWN_RANKS = 4
+RANK_LOG = re.compile(r"\.rank(\d+)\.log$")
+SRUN_TASK = re.compile(r"tasks? (\d+): (?!Terminated)")
 LOGGED = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ([A-Z]+) ", re.MULTILINE)
 
 
 def failed_lines(logs: Path, since: float) -> list[str]:
     """The last error of each stage, from the logs written to after `since` (seconds since the epoch).
 
-    Of ranks that failed with the same words, one is named.
+    Of ranks that failed with the same words, one is named. Of ranks that were killed, and so left no
+    words, the launcher's and the last lines of their own logs are said.
     """
     errors: dict[str, str] = {}
-    for log in sorted(logs.glob("*.log")):
-        if log.stat().st_mtime < since:
-            continue
-        # Level and text by turns, behind what was printed before the first record.
-        _, *records = LOGGED.split(log.read_text(encoding="utf-8", errors="replace"))
-        if records and records[-2] == "ERROR":
-            first, *rest = records[-1].splitlines()
-            # A message goes on over indented lines; what libraries print at exit is not indented.
-            text = "\n".join([first, *takewhile(lambda line: line.startswith(" "), rest)])
-            text = text.removeprefix("error: ")
+    written = [log for log in sorted(logs.glob("*.log")) if log.stat().st_mtime >= since]
+    for log in written:
+        if text := last_error(log):
             errors.setdefault(text, f"{log.name.split('.')[0]} failed: {text}")
-    return list(errors.values())
+    lines = list(errors.values())
+    for launcher in written:
+        ranks = [log for log in written if log.name.startswith(f"{launcher.name}.rank")]
+        if ranks and not any(map(ends_in_error, ranks)):
+            lines += killed_lines(launcher, ranks)
+    return lines
+
+
+def last_error(log: Path) -> str | None:
+    """The message that a log's last record has where that is an error; None elsewhere."""
+    # Level and text by turns, behind what was printed before the first record.
+    _, *records = LOGGED.split(log.read_text(encoding="utf-8", errors="replace"))
+    if not records or records[-2] != "ERROR":
+        return None
+    first, *rest = records[-1].splitlines()
+    # A message goes on over indented lines; what libraries print at exit is not indented.
+    text = "\n".join([first, *takewhile(lambda line: line.startswith(" "), rest)])
+    return text.removeprefix("error: ")
+
+
+def ends_in_error(log: Path) -> bool:
+    """Whether the last that a stage logged is its failure."""
+    return last_error(log) is not None
+
+
+def killed_lines(launcher: Path, ranks: list[Path]) -> list[str]:
+    """What is known of ranks that were killed: srun's words on them, and the ends of their logs.
+
+    Those that were only terminated because another one failed are left out where srun tells.
+    """
+    said = launcher.read_text(encoding="utf-8", errors="replace").splitlines()[-KILLED_LINES:]
+    words = [line for line in said if line.startswith(("srun: error", "slurmstepd: error"))]
+    lost = [int(number) for line in words for number in SRUN_TASK.findall(line)]
+    named = [log for log in ranks if int(RANK_LOG.search(log.name)[1]) in lost]  # type: ignore[index]
+    if not words:
+        return []
+    lines = [f"{launcher.stem} failed: a rank was killed or its node was lost", *words]
+    for log in (named or ranks)[:SHOWN_RANKS]:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-RANK_LINES:]
+        lines += [f"the last lines of {log}:", *(f"  {line}" for line in last)]
+    return lines

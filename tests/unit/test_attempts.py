@@ -12,6 +12,7 @@ from megaqwen.training.attempts import (
     NAME,
     Attempt,
     check_progress,
+    check_retry,
     next_attempt,
     read_attempts,
     record_end,
@@ -59,7 +60,7 @@ def test_a_third_try_that_would_fail_alike_is_refused(tmp_path: Path) -> None:
     failed(tmp_path, 4, "other words")
     with pytest.raises(InputError) as refusal:
         check_progress(tmp_path, upcoming(tmp_path, 4))
-    assert "attempts 1 and 2 both started after iteration 4" in str(refusal.value)
+    assert "attempts 1, 2 each started after iteration 4" in str(refusal.value)
     assert "the first words (log: logs/train.log.rank*.log" in str(refusal.value)
 
 
@@ -84,3 +85,20 @@ def test_kills_without_a_message_count(tmp_path: Path) -> None:
         record_start(tmp_path, upcoming(tmp_path, 0))
     with pytest.raises(InputError, match=KILLED):
         check_progress(tmp_path, upcoming(tmp_path, 0))
+
+
+def test_before_a_job_is_submitted_no_host_is_known(tmp_path: Path) -> None:
+    failed(tmp_path, 0, host="node1")
+    check_retry(tmp_path)
+    failed(tmp_path, 0, host="node2")
+    check_retry(tmp_path)  # a third host is worth a try
+    failed(tmp_path, 0, host="node1")
+    with pytest.raises(InputError, match="attempts 1, 2, 3 each started after iteration 0"):
+        check_retry(tmp_path)
+
+
+def test_no_job_is_submitted_where_a_host_failed_twice(tmp_path: Path) -> None:
+    failed(tmp_path, 0)
+    failed(tmp_path, 0)
+    with pytest.raises(InputError, match="attempts 1, 2 each started after iteration 0"):
+        check_retry(tmp_path)

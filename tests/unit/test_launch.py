@@ -59,3 +59,20 @@ def test_torchrun_over_nodes_is_refused(tmp_path: Path) -> None:
     done = launch(tmp_path, "--launcher", "torchrun", "--nodes", "2")
     assert done.returncode == 2
     assert "--nodes 1, or --launcher srun" in done.stderr
+
+
+def test_srun_starts_the_ranks_in_a_container(tmp_path: Path) -> None:
+    image = {"container": "/shared/megaqwen.sif", "mounts": "/shared,/scratch"}
+    words = options(launcher="srun", gpus_per_node=8, **image)
+    start = "apptainer exec --nv --bind /shared --bind /scratch /shared/megaqwen.sif python"
+    assert f" {start} {COMMAND[0]} " in shlex.join(dry_run(tmp_path, *words))
+    found = dry_run(tmp_path, *words, "--container-runtime", "pyxis", "--modules", "cuda/12 nccl")
+    assert found[:5] == ["bash", "-lc", 'module load $0 && exec "$@"', "cuda/12 nccl", "srun"]
+    assert "--container-image=/shared/megaqwen.sif" in found
+    assert "--container-mounts=/shared:/shared,/scratch:/scratch" in found
+
+
+def test_an_environment_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--environment", "NCCL_DEBUG=INFO ib0")
+    assert done.returncode == 2
+    assert "--environment: ib0 is not NAME=VALUE" in done.stderr

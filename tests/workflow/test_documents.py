@@ -72,9 +72,13 @@ def test_every_path_that_the_readme_names_is_there() -> None:
         assert (ROOT / name).exists(), name
 
 
-def test_the_conda_environment_is_that_of_the_lock() -> None:
+def locked_versions() -> dict[str, str]:
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
-    locked = {package["name"]: package.get("version") for package in packages}
+    return {package["name"]: package.get("version") for package in packages}
+
+
+def test_the_conda_environment_is_that_of_the_lock() -> None:
+    locked = locked_versions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "envs/megaqwen.yaml").read_text())
     (pip,) = (each["pip"] for each in environment["dependencies"] if isinstance(each, dict))
@@ -86,6 +90,24 @@ def test_the_conda_environment_is_that_of_the_lock() -> None:
     needed = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
     # A job of a stage needs no Snakemake of its own environment.
     assert {name for name in needed if "snakemake" not in name} == set(pins)
+
+
+def test_the_container_is_that_of_the_lock() -> None:
+    definition = (ROOT / "envs/megaqwen.def").read_text()
+    (image,) = re.findall(r"^From: (.+)", definition, re.MULTILINE)
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", image)
+    copied = re.findall(r"^ +([\w.-]+) /opt/lock/([\w.-]+)$", definition, re.MULTILINE)
+    assert {name for name, same in copied if name == same} == {
+        *("pyproject.toml", "uv.lock", ".python-version"),
+    }
+    # All that is installed is what the lock names; a pin beside it could differ.
+    assert "uv sync --frozen --no-dev --extra gpu" in definition
+    assert "==" not in definition.split("%test")[0]
+    cuda = ".".join(locked_versions()["nvidia-cuda-runtime"].split(".")[:2])
+    assert f"CUDA toolkit ({cuda}," in definition
+    assert f"torch.version.cuda == '{cuda}'" in definition
+    notes = (ROOT / "envs/README.md").read_text()
+    assert f"modules: cuda/{cuda}" in notes and f"major version, {cuda.split('.')[0]}," in notes
 
 
 def test_every_config_has_its_schema_for_editors() -> None:

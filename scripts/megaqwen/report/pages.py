@@ -5,6 +5,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from megaqwen.slurm_job import accounted
+
 Manifest = Mapping[str, Any]
 
 PAGE = """<!doctype html>
@@ -134,6 +136,25 @@ def stages_table(manifests: Sequence[Manifest]) -> str:
         for manifest in manifests
     ]
     header = ("stage", "started", "took", "peak memory", "host", "commit", "config digest")
+    return table(header, rows)
+
+
+def jobs_table(manifests: Sequence[Manifest]) -> str:
+    """The Slurm job of each stage, by what sacct tells now that most have ended; empty without jobs."""
+    known = {
+        job["job_id"]: (manifest["stage"], job)
+        for manifest in manifests
+        if (job := manifest.get("slurm_job"))
+    }
+    if not known:
+        return ""
+    ended = accounted(list(known))
+    names = ("state", "node_list", "allocated", "submitted", "started", "elapsed", "cpu_time")
+    rows = [
+        (stage, number, *((job | ended.get(number, {})).get(name) or "" for name in names))
+        for number, (stage, job) in known.items()
+    ]
+    header = ("stage", "job", "state", "nodes", "allocated", "submitted", "started", "took", "CPU")
     return table(header, rows)
 
 

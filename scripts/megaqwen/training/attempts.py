@@ -8,16 +8,20 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from megaqwen.checkpoints import newest_finished
 from megaqwen.errors import InputError
 from megaqwen.provenance import end_last_line, git_state, iso_time
 
 NAME = "attempts.jsonl"
 KILLED = "killed: it left no message"
+ALIKE = 2  # failures from one checkpoint in the same circumstances: the next would fail, too
+ANYWHERE = 3  # on whatever hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +86,39 @@ def check_progress(directory: Path, attempt: Attempt) -> None:
     Both started from the checkpoint that this one would start from, in the same circumstances, and
     failed before they saved another.
     """
-    *_, first, second = [None, None, *read_attempts(directory)]
-    if first is None or second is None:
-        return
-    alike = all(
-        each.failed and each.resumed == attempt.resumed and each.same_circumstances(attempt)
-        for each in (first, second)
+    newest = failed_from(directory, attempt.resumed)[:ALIKE]
+    if len(newest) == ALIKE and all(each.same_circumstances(attempt) for each in newest):
+        raise no_progress(newest)
+
+
+def check_retry(directory: Path) -> None:
+    """InputError where no further job should be submitted: the last ones got nowhere.
+
+    A scheduler does not know yet where a job will run. Two failures on one host say enough, and three
+    on any.
+    """
+    newest = failed_from(directory, newest_finished(directory))[:ANYWHERE]
+    alike = len(newest) >= ALIKE and newest[0].same_circumstances(newest[1])
+    if alike or len(newest) == ANYWHERE:
+        raise no_progress(newest)
+
+
+def failed_from(directory: Path, iteration: int) -> list[Attempt]:
+    """The attempts, newest first, that failed one after the other from one checkpoint."""
+    newest_first = reversed(read_attempts(directory))
+    return list(takewhile(lambda each: each.failed and each.resumed == iteration, newest_first))
+
+
+def no_progress(newest_first: Sequence[Attempt]) -> InputError:
+    """The message for attempts that all failed from one checkpoint."""
+    numbers = ", ".join(str(each.number) for each in reversed(newest_first))
+    oldest = newest_first[-1]
+    return InputError(
+        f"attempts {numbers} each started after iteration {oldest.resumed} and failed before they saved"
+        f" another checkpoint: not tried again. The first failed with: {oldest.reason}"
+        f" (log: {oldest.log}.rank*.log, {oldest.started} to {oldest.ended or 'its kill'})."
+        " Mend that, and give the command again"
     )
-    if alike:
-        raise InputError(
-            f"attempts {first.number} and {second.number} both started after iteration"
-            f" {attempt.resumed} and failed before they saved another checkpoint: not tried again."
-            f" The first failed with: {first.reason} (log: {first.log}.rank*.log,"
-            f" {first.started} to {first.ended or 'its kill'}). Mend that, and give the command again"
-        )
 
 
 def record_start(directory: Path, attempt: Attempt) -> None:

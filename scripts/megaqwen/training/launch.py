@@ -1,18 +1,56 @@
-"""The command that starts the ranks: torchrun on one machine, srun in a Slurm allocation."""
+"""The commands that start the ranks: torchrun on one machine, srun in an allocation of Slurm's."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The place of the repository and its results inside the container is that outside.
+CONTAINERS = ("apptainer", "pyxis")
+# A shell that has `module`, as a login shell does.
+LOAD_MODULES = 'module load $0 && exec "$@"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What sbatch is asked for beside the number of nodes and ranks."""
+
+    ranks_per_node: int
+    gpus_per_node: int = 0
+    gpu_type: str = ""
+    """Of the cluster's GRES, such as h100; any where empty."""
+    save_seconds: int = 0
+    """How long before the time limit the ranks are told to save and leave; 0: not at all."""
+    options: str = ""
+    """Further ones, such as --exclusive."""
+
+    def sbatch(self) -> list[str]:
+        """sbatch's options."""
+        gpus = f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else self.gpus_per_node
+        return [
+            *([f"--gpus-per-node={gpus}"] if self.gpus_per_node else []),
+            f"--ntasks-per-node={self.ranks_per_node}",
+            # Without `B:` it goes to the ranks, and not to the shell that runs Snakemake.
+            *([f"--signal=USR1@{self.save_seconds}"] if self.save_seconds else []),
+            *self.options.split(),
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How many ranks, and where."""
+    """How many ranks, where, and in what surroundings."""
 
     nodes: int
     ranks_per_node: int
     gpus_per_node: int = 0
     cpus_per_rank: int = 1
+    modules: str = ""
+    """Environment modules that are loaded before srun: names with spaces between."""
+    container: str = ""
+    """An image in which srun starts the ranks; empty for none."""
+    container_runtime: str = "apptainer"
+    """One of CONTAINERS."""
+    mounts: str = ""
+    """Directories that the container shows: paths with commas between."""
 
     def torchrun(self, command: Sequence[str]) -> list[str]:
         """Start the ranks on this machine; torchrun finds a free port by itself."""
@@ -31,7 +69,7 @@ class Launch:
 
         Snakemake's job step strips the SLURM_* variables from which srun would inherit them.
         """
-        return [
+        srun = [
             "srun",
             f"--nodes={self.nodes}",
             f"--ntasks={self.nodes * self.ranks_per_node}",
@@ -40,6 +78,25 @@ class Launch:
             *([f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []),
             "--kill-on-bad-exit=1",
             "--quit-on-interrupt",
-            sys.executable,
-            *command,
+            *self.rank(command),
+        ]
+        return ["bash", "-lc", LOAD_MODULES, self.modules, *srun] if self.modules else srun
+
+    def rank(self, command: Sequence[str]) -> list[str]:
+        """What srun starts for each rank; the last of srun's own options may come before it."""
+        if not self.container:
+            return [sys.executable, *command]
+        mounts = [mount for mount in self.mounts.split(",") if mount]
+        if self.container_runtime == "pyxis":
+            same = ",".join(f"{mount}:{mount}" for mount in mounts)
+            return [
+                f"--container-image={self.container}",
+                "--container-workdir=.",
+                *([f"--container-mounts={same}"] if same else []),
+                *("python", *command),
+            ]
+        return [
+            *("apptainer", "exec", *(["--nv"] if self.gpus_per_node else [])),
+            *(word for mount in mounts for word in ("--bind", mount)),
+            *(self.container, "python", *command),
         ]

@@ -1,0 +1,106 @@
+"""What a run is at, told from its files: logs, manifests, training's metrics and the job it named."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from megaqwen.config import load_config
+from megaqwen.errors import InputError
+from megaqwen.layout import Layout
+from megaqwen.provenance import read_json
+from megaqwen.summary import ends_in_error
+from megaqwen.training.metrics import read_metrics
+from megaqwen.words import duration
+
+JOB = "job.json"
+AVERAGED = 20  # iterations, for the time left
+HEADER = ("run", "stage", "job", "nodes", "iteration", "loss", "left", "changed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A line of the table, each field as it is shown."""
+
+    run: str
+    stage: str
+    """Such as `train running`, `export failed`, `preprocess waiting`, or `done`."""
+    job: str = ""
+    nodes: str = ""
+    iteration: str = ""
+    loss: str = ""
+    left: str = ""
+    """Of training, at the pace of its last iterations."""
+    changed: str = ""
+    """How long ago the stage last wrote something."""
+
+
+def run_status(directory: Path) -> RunStatus:
+    """What the run in `results/runs/NAME` is at.
+
+    Raises:
+        InputError: There is no such run.
+    """
+    file = directory / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{file} is missing: no run of that name was started")
+    config = load_config(file)
+    layout = Layout(config=config)
+    top = directory.parents[1]
+    ends = {
+        "download": top / layout.model.relative_to(layout.results) / "manifest.json",
+        "convert": top / layout.megatron.relative_to(layout.results) / "manifest.json",
+        "preprocess": top / layout.data.relative_to(layout.results) / "manifest.json",
+        "parity_gate": top / layout.gate.relative_to(layout.results) / "parity.json",
+        "train": directory / "train" / "manifest.json",
+        "export": directory / "export" / "manifest.json",
+        "parity_export": directory / "parity" / "export" / "parity.json",
+        "report": directory / "report" / "report.html",
+    }
+    stage = next((name for name, end in ends.items() if not end.is_file()), None)
+    trained = training(
+        directory, layout.checkpoints.name, int(str(config.train.get("train_iters", 0)))
+    )
+    if stage is None:
+        trained.pop("left", None)
+        return RunStatus(run=directory.name, stage="done", **trained)
+    logs = sorted((directory / "logs").glob(f"{stage}.log*"), key=lambda log: log.stat().st_mtime)
+    state = "waiting"
+    if logs:
+        state = "failed" if any(map(ends_in_error, logs)) else "running"
+        trained["changed"] = f"{duration(time.time() - logs[-1].stat().st_mtime)} ago"
+    if state != "running" or stage != "train":
+        trained.pop("left", None)
+    return RunStatus(run=directory.name, stage=f"{stage} {state}", **trained)
+
+
+def training(directory: Path, digest: str, iterations: int) -> dict[str, str]:
+    """The columns that training's own files give."""
+    columns: dict[str, str] = {}
+    train = directory / "train"
+    if (train / JOB).is_file():
+        job: dict[str, Any] = read_json(train / JOB)
+        columns |= {"job": job.get("job_id") or "", "nodes": job.get("node_list") or ""}
+    metrics = train / "checkpoints" / digest / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.is_file() else []
+    steps = [record for record in records if "loss" in record]
+    if steps:
+        last = steps[-1]
+        pace = statistics.median(step["seconds"] for step in steps[-AVERAGED:])
+        columns["iteration"] = f"{last['iteration']}/{iterations}"
+        columns["loss"] = f"{last['loss']:.4g}"
+        columns["left"] = duration(pace * (iterations - last["iteration"]))
+    return columns
+
+
+def table(rows: Sequence[RunStatus]) -> str:
+    """The lines for a terminal."""
+    cells = [HEADER, *(astuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    lines = (
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)

@@ -1,0 +1,97 @@
+"""scripts/status.py and the last words of a run that failed: told from files as stages leave them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from commands import run_script, write_config
+from megaqwen.config import load_config
+from megaqwen.layout import Layout
+from megaqwen.provenance import write_json
+from megaqwen.summary import failed_lines
+
+SRUN = """srun: error: node2: task 1: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=5.0
+srun: error: node1: task 0: Terminated
+"""
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Two runs: one that trains, and one that was only started."""
+    results = tmp_path / "results"
+    for name in ("waits", "trains"):
+        run = results / "runs" / name
+        run.mkdir(parents=True)
+        write_config(run / "config.yaml", run=name, results=str(results))
+    layout = Layout(config=load_config(results / "runs" / "trains" / "config.yaml"))
+    for directory in (layout.model, layout.megatron, layout.data):
+        write_json(directory / "manifest.json", {})
+    write_json(layout.gate / "parity.json", {})
+    write_json(layout.run / "train" / "job.json", {"job_id": "77", "node_list": "gpu[003-004]"})
+    layout.checkpoints.mkdir(parents=True)
+    with open(layout.checkpoints / "metrics.jsonl", "w") as stream:
+        for number in range(1, 81):
+            record = {"iteration": number, "loss": 9.0 - number / 20, "seconds": 0.5}
+            stream.write(json.dumps(record) + "\n")
+    logs = layout.run / "logs"
+    logs.mkdir()
+    (logs / "train.log").write_text("")
+    (logs / "train.log.rank0.log").write_text("2026-11-25 10:00:00,000 INFO 320 iterations\n")
+    return results
+
+
+def status(results: Path, *runs: str) -> list[list[str]]:
+    done = run_script("status.py", "--results", results, *runs)
+    assert done.returncode == 0, done.stderr
+    return [line.split("  ") for line in done.stdout.splitlines()]
+
+
+def words(row: list[str]) -> list[str]:
+    return [word.strip() for word in row if word.strip()]
+
+
+def test_a_run_that_trains(results: Path) -> None:
+    header, trains, waits = map(words, status(results))
+    expected = ["run", "stage", "job", "nodes", "iteration", "loss", "left", "changed"]
+    assert header == expected
+    assert trains[:-1] == ["trains", "train running", "77", "gpu[003-004]", "80/320", "5", "2m00s"]
+    assert waits == ["waits", "train waiting"]  # the model and the data are shared
+
+
+def test_a_run_that_failed_and_one_that_is_done(results: Path) -> None:
+    log = results / "runs" / "trains" / "logs" / "train.log.rank0.log"
+    with open(log, "a") as stream:
+        stream.write("2026-11-25 10:00:09,000 ERROR error: no memory\n")
+    assert words(status(results, "trains")[1])[1] == "train failed"
+    for name in ("train/manifest.json", "export/manifest.json", "parity/export/parity.json"):
+        write_json(results / "runs" / "trains" / name, {})
+    write_json(results / "runs" / "trains" / "report" / "report.html", {})
+    row = words(status(results, "trains")[1])
+    assert row == ["trains", "done", "77", "gpu[003-004]", "80/320", "5"]
+
+
+def test_no_such_run(results: Path) -> None:
+    done = run_script("status.py", "--results", results, "other")
+    assert done.returncode == 2
+    assert "no run of that name was started" in done.stderr
+
+
+def test_of_a_rank_that_was_killed_the_last_lines_are_said(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text(SRUN)
+    (tmp_path / "train.log.rank0.log").write_text("2026-11-25 10:00:00,000 INFO fine\n")
+    (tmp_path / "train.log.rank1.log").write_text("".join(f"line {n}\n" for n in range(9)))
+    lines = failed_lines(tmp_path, 0)
+    assert lines[0] == "train failed: a rank was killed or its node was lost"
+    assert "srun: error: node2: task 1: Killed" in lines
+    at = lines.index(f"the last lines of {tmp_path / 'train.log.rank1.log'}:")
+    assert lines[at + 1 :] == [f"  line {number}" for number in range(4, 9)]
+    assert not any("rank0" in line for line in lines)
+    # An error that a rank logged says more than how the others ended.
+    with open(tmp_path / "train.log.rank1.log", "a") as stream:
+        stream.write("2026-11-25 10:00:09,000 ERROR error: no memory\n")
+    assert failed_lines(tmp_path, 0) == ["train failed: no memory"]
+    os.utime(tmp_path / "train.log.rank1.log", (1, 1))
+    assert failed_lines(tmp_path, 2)[0].startswith("train failed: a rank was killed")

@@ -1,0 +1,162 @@
+"""What the Slurm profile asks of sbatch and srun, word for word, for clusters that no test has.
+
+sbatch and srun are recorders here: their arguments are the outcome. tests/slurm has the real ones.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from checkout import Checkout, copy_repository, overlay, put_stubs
+
+from commands import ROOT
+
+RECORDER = f"""#!{sys.executable}
+import json, os, pathlib, subprocess, sys
+name, *words = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+with open("{{records}}", "a") as stream:
+    stream.write(json.dumps([name, *words]) + chr(10))
+if name == "sacctmgr":
+    print("lab")
+if name == "sbatch":
+    if "rule_train" in words and pathlib.Path("run-the-job").exists():
+        subprocess.run(words[-1].removeprefix("--wrap="), shell=True)
+    sys.exit("recorded")
+if name == "srun":
+    pathlib.Path("environment.json").write_text(json.dumps(dict(os.environ)))
+    sys.exit(1)
+"""
+TOOLS = ("sbatch", "srun", "sacctmgr", "sinfo", "scontrol", "squeue", "sacct")
+# 128 ranks of one replica each.
+TRAIN = {
+    "tensor_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "micro_batch_size": 1,
+    "global_batch_size": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A clone where all that training needs is there, and recorders in place of Slurm."""
+    checkout = copy_repository(tmp_path_factory.mktemp("cluster"))
+    put_stubs(checkout)
+    shutil.copy2(ROOT / "scripts" / "launch.py", checkout.directory / "scripts")
+    overlay(checkout, "one.yaml", run="one", train=TRAIN)
+    checkout.run("parity_gate", "--configfile", "one.yaml")
+    tools = checkout.directory / "tools"
+    tools.mkdir()
+    for name in TOOLS:
+        (tools / name).write_text(RECORDER.format(records=checkout.directory / "records.jsonl"))
+        (tools / name).chmod(0o755)
+    return checkout
+
+
+def recorded(checkout: Checkout, tool: str) -> list[list[str]]:
+    """The words that each call of a tool got."""
+    lines = (checkout.directory / "records.jsonl").read_text().splitlines()
+    return [words for name, *words in map(json.loads, lines) if name == tool]
+
+
+def train_on(checkout: Checkout, **settings: Any) -> list[str]:
+    """sbatch's words for training with settings of the profile's section train.
+
+    Without those that differ from run to run, and without the command of the job.
+    """
+    profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
+    train = {**profile["set-resources"]["train"], "retries": 0, **settings}
+    profile["slurm-init-seconds-before-status-checks"] = 1
+    profile["set-threads"]["train"] = train.pop("threads", 12)
+    profile["set-resources"]["train"] = {k: v for k, v in train.items() if v is not None}
+    (checkout.directory / "profiles" / "slurm" / "config.yaml").write_text(yaml.safe_dump(profile))
+    (checkout.directory / "records.jsonl").write_text("")
+    done = checkout.snakemake(
+        *("--profile", "slurm", "train", "--configfile", "one.yaml"),
+        environment={"PATH": f"{checkout.directory / 'tools'}:/usr/bin:/bin"},
+    )
+    assert "recorded" in done.stdout, done.stdout
+    words = recorded(checkout, "sbatch")[-1]
+    own = ("--job-name", "--output", "-D")
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before not in own and word not in own and not word.startswith("--wrap=")
+    ]
+
+
+def sbatch(before: str, after: str) -> list[str]:
+    """The words around which those of the allocation are."""
+    return shlex.split(
+        f"--parsable --export=ALL --comment rule_train {before} --no-requeue {after}"
+    )
+
+
+SHAPES = {
+    "1x1": (
+        {"nodes": 1, "gpus_per_node": 1},
+        sbatch(
+            "-t 1440 --nodes=1",
+            "--ntasks=1 --cpus-per-task=12 --gpus-per-node=1 --ntasks-per-node=1"
+            " --signal=USR1@300 --exclusive",
+        ),
+    ),
+    "1x8": (
+        {"nodes": 1},
+        sbatch(
+            "-t 1440 --nodes=1",
+            "--ntasks=8 --cpus-per-task=12 --gpus-per-node=8 --ntasks-per-node=8"
+            " --signal=USR1@300 --exclusive",
+        ),
+    ),
+    "16x8, every option": (
+        {
+            "nodes": 16,
+            "gpu_type": "h100",
+            "slurm_account": "lab",
+            "slurm_partition": "gpu-long",
+            "qos": "high",
+            "constraint": "infiniband&nvlink",
+            "sbatch_options": "--exclusive --switches=1 --mail-type=FAIL",
+            "mem_mb": 900000,
+            "runtime": 2880,
+            "save_seconds": 600,
+            "threads": 6,
+        },
+        sbatch(
+            "-A lab -p gpu-long -t 2880 -C 'infiniband&nvlink' --qos=high --mem 900000 --nodes=16",
+            "--ntasks=128 --cpus-per-task=6 --gpus-per-node=h100:8 --ntasks-per-node=8"
+            " --signal=USR1@600 --exclusive --switches=1 --mail-type=FAIL",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_sbatch_is_asked_for(checkout: Checkout, shape: str) -> None:
+    settings, expected = SHAPES[shape]
+    assert train_on(checkout, **settings) == expected
+
+
+def test_two_nodes_and_a_container(checkout: Checkout) -> None:
+    (checkout.directory / "run-the-job").touch()
+    image = {"container": "/shared/megaqwen.sif", "mounts": "/shared,/scratch"}
+    # One CPU a rank, since of more the job is given what the machine has.
+    settings = {"threads": 1, "environment": "NCCL_SOCKET_IFNAME=ib0"}
+    assert train_on(checkout, **image, **settings) == sbatch(
+        "-t 1440 --nodes=2",
+        "--ntasks=16 --cpus-per-task=1 --gpus-per-node=8 --ntasks-per-node=8"
+        " --signal=USR1@300 --exclusive",
+    )
+    # The job itself runs, up to srun.
+    (words,) = recorded(checkout, "srun")
+    assert words[: words.index("scripts/train.py")] == shlex.split(
+        "--nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=1 --gpus-per-node=8"
+        " --kill-on-bad-exit=1 --quit-on-interrupt"
+        " apptainer exec --nv --bind /shared --bind /scratch /shared/megaqwen.sif python"
+    )
+    environment = json.loads((checkout.directory / "environment.json").read_text())
+    assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
