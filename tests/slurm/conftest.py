@@ -13,12 +13,13 @@ from cluster import Cluster, reason_to_skip
 from commands import ROOT
 
 STAGES = ("convert", "export", "preprocess", "preprocess_shard")
+PARITY = ("parity_gate", "parity_convert", "parity_export")
 # The profile as a person edits it for this cluster: ranks on CPUs, and nobody waits for a filesystem.
 PROFILE = {
     "latency-wait": 30,
     "slurm-init-seconds-before-status-checks": 2,
     "default-resources": {"runtime": 60, "mem_mb": 3000, "slurm_account": "lab"},
-    "set-threads": dict.fromkeys(STAGES, 2) | {"train": 1},
+    "set-threads": dict.fromkeys(STAGES, 2) | dict.fromkeys((*PARITY, "train"), 1),
     "set-resources": {
         "train": {
             "nodes": 2,
