@@ -358,6 +358,25 @@ def test_bad_rows_and_bad_text_files_are_tolerated_too(tmp_path: Path) -> None:
     assert (found, intake.bad) == (["good"], 1)
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_rows_that_are_not_utf8_are_named_or_tolerated(tmp_path: Path, kind: str) -> None:
+    """Arrow does not look at the bytes of a string when it reads them."""
+    rows = pyarrow.array([b"good", b"caf\xe9 au lait", b"better"])
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(pyarrow, kind)())
+    table = pyarrow.table({"text": column})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        assert refusal(path).startswith(f"{path}: row 2: not UTF-8 at these bytes: e9 20 61 75")
+        found, intake = take(path, 1)
+        assert (found, intake.bad) == (["good", "better"], 1)
+
+
 def test_a_damaged_file_is_never_tolerated(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9])
     with pytest.raises(InputError, match="get it again"):
