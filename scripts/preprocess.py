@@ -27,6 +27,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from megaqwen.console import run_command, stage_parser
 from megaqwen.data.files import corpus_files
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import StageRecord, existing, new_directory
+from megaqwen.provenance import StageRecord, digest, existing, new_directory, read_json
 
 logger = logging.getLogger("megaqwen.data")
 
@@ -51,6 +52,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     inputs = {"model": model_manifest}
     for number, manifest in enumerate(arguments.merge, start=1):
         inputs[f"shard {number}"] = existing(manifest, "preprocess")
+    check_shards(arguments.merge, record.config)
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -78,6 +80,30 @@ def preprocess(arguments: argparse.Namespace) -> None:
         with contextlib.suppress(OSError):  # other shards are in it
             manifest.parent.parent.rmdir()
     logger.info("tokenized data: %s", arguments.output)
+
+
+def check_shards(manifests: Sequence[Path], config: Mapping[str, Any]) -> None:
+    """InputError unless these are the manifests of all shards of the config's corpora, in order."""
+    for number, path in enumerate(manifests, start=1):
+        wanted = f"{number}-of-{len(manifests)}"
+        try:
+            manifest = read_json(path)
+            shard = f"{manifest['results']['shard']}-of-{manifest['results']['shards']}"
+            made_with = manifest["config_digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--merge: {path} is not the manifest of a shard: make one with --shard {wanted}"
+            ) from error
+        if shard != wanted:
+            raise InputError(
+                f"--merge: {path} is of shard {shard}, in place {number} of {len(manifests)}:"
+                " give the manifests of all shards, each once and in order"
+            )
+        if made_with != digest(config):
+            raise InputError(
+                f"--merge: {path} was made with another config: make it again with"
+                f" --shard {wanted} and this one"
+            )
 
 
 def find_model_manifest(model: Path, given: Path | None) -> Path:

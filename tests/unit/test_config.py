@@ -131,6 +131,11 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
         ),
         ({"recompute_granularity": "full"}, "recompute_granularity", "needs train.recompute_meth"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1 is allowed"),
+        (
+            {"seed": 2**32 - 100, "pipeline_model_parallel_size": 2},
+            "seed",
+            f"at most {2**32 - 101} is allowed",
+        ),
         ({"recompute_modules": ["mlp"]}, "recompute_modules", "needs train.recompute_granularity"),
         ({**SELECTIVE, "recompute_modules": ["mla_up_proj"]}, "recompute_modules", "core_attn, la"),
         ({**SELECTIVE, "recompute_modules": ["moe_act"]}, "recompute_modules", "moe_grouped_gemm"),
@@ -174,6 +179,23 @@ def test_names_of_corpora_differ(values: dict[str, Any]) -> None:
     assert found.startswith(
         'data.corpora[1].name: "python-docs" is also the name of data.corpora[0]'
     )
+
+
+def test_no_corpus_is_written_where_the_targets_of_another_are(values: dict[str, Any]) -> None:
+    names = ("chats.targets", "chats", "notes.targets")
+    values["data"]["corpora"] = [{"name": name, "source": "builtin"} for name in names]
+    validate_config(values)
+    values["data"]["kind"] = "sft"
+    [found] = mistakes(values)
+    assert found.startswith('data.corpora[0].name: "chats.targets" is where the targets of data.')
+
+
+def test_the_seed_of_the_data_is_one_for_numpy(values: dict[str, Any]) -> None:
+    values["data"]["seed"] = 2**32 - 1
+    validate_config(values)
+    values["data"]["seed"] = 2**32
+    [found] = mistakes(values)
+    assert found.startswith("data.seed: ") and str(2**32 - 1) in found
 
 
 @pytest.mark.parametrize(

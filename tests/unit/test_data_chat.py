@@ -1,6 +1,7 @@
 """Conversations as the chat template renders them, and which of their tokens are trained on."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from chat_templates import PROMPT, QWEN3, QWEN25
+from megaqwen.config.sections import FilesCorpus
 from megaqwen.data.chat import END, START, any_of, cut, targets
 from megaqwen.data.conversations import conversation_of
 from megaqwen.data.engines import TokenizersEngine
 from megaqwen.data.rendering import Rendered
 from megaqwen.data.targets import Masked, lay_out, wrong_conversations
 from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
+from megaqwen.data.tokenize_corpus import tokenize_corpora
 from megaqwen.errors import InputError
 from megaqwen.sources.tokenizer import CHAT_TEMPLATE
 
@@ -119,6 +122,28 @@ def test_qwen3_thinks_only_after_the_last_question(tokenizers: dict[str, ChatTok
     assert later[2:] == ["It is A.<|im_end|>", "<think>\n\n</think>\n\nYes.<|im_end|>"]
     apart = trained_on(qwen3, user("a"), assistant("b", reasoning_content="c"))
     assert apart == ["<think>\nc\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_turn_that_is_empty_without_its_thinking_is_refused(
+    tokenizers: dict[str, ChatTokenizer], tmp_path: Path
+) -> None:
+    """Qwen3's template takes the thinking out of earlier turns; Qwen2.5's leaves it."""
+    thinks = [user("a"), assistant("<think>\nx\n</think>\n\n")]
+    goes_on = [*thinks, user("b"), assistant("c")]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in (thinks, goes_on)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(lines))
+
+    def documents(name: str, tolerated: int) -> int:
+        corpus = FilesCorpus(
+            name="chats", source="files", files=[str(path)], max_bad_documents=tolerated
+        )
+        made = tokenize_corpora([corpus], tokenizers[name], tmp_path, [])
+        return int(made["corpora"]["chats"]["documents"])
+
+    with pytest.raises(InputError, match=r"a\.jsonl:2: the assistant's turn 1 is empty as"):
+        documents("qwen3", 0)
+    assert (documents("qwen3", 1), documents("qwen2.5", 0)) == (1, 2)
 
 
 HOSTILE = "<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|><|endoftext|>"

@@ -158,6 +158,23 @@ def test_tables(
     assert found == [ANSWERED] and card["bad_documents_skipped"] == 2
 
 
+@pytest.mark.parametrize("write_table", [as_parquet, as_arrow])
+def test_a_row_that_is_not_utf8(
+    write_table: Callable[[Path, pyarrow.Table], Path], tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    said = pyarrow.array([b"Is it?", b"It is.", b"Is it?", b"caf\xe9", b"Is it?", b"It is."])
+    contents = pyarrow.Array.from_buffers(pyarrow.string(), len(said), said.buffers())
+    roles = pyarrow.array(["user", "assistant"] * 3)
+    messages = pyarrow.StructArray.from_arrays([roles, contents], ["role", "content"])
+    column = pyarrow.ListArray.from_arrays([0, 2, 4, 6], messages)
+    path = write_table(tmp_path / "a", pyarrow.table({"messages": column}))
+    with pytest.raises(InputError) as error:
+        tokenized(corpus(path), tokenizer, tmp_path / "out")
+    assert str(error.value).startswith(f"{path}: row 2: not UTF-8 at these bytes: e9")
+    card, found = tokenized(corpus(path, max_bad_documents=1), tokenizer, tmp_path / "out")
+    assert found == [ANSWERED] * 2 and card["bad_documents_skipped"] == 1
+
+
 GOOD = {"messages": turns("Is it?", "It is.")}
 WRONG: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "not JSON"),

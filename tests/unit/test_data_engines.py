@@ -1,12 +1,15 @@
 """gigatoken gives the ids of tokenizers, or is not used."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow
 import pytest
+from pyarrow import ipc, parquet
 from tokenizers import Regex, pre_tokenizers
 
 from megaqwen.config.sections import FilesCorpus
@@ -19,6 +22,8 @@ from megaqwen.data.engines import (
     has_new_characters,
 )
 from megaqwen.data.hard_texts import HARD_TEXTS, around
+from megaqwen.data.parts import tokenize_part
+from megaqwen.data.pieces import Shard
 from megaqwen.data.readers import SAMPLE_CHARACTERS, sample_texts
 from megaqwen.data.tokenization import DocumentTokenizer
 from megaqwen.data.tokenize_corpus import tokenize_corpus
@@ -92,6 +97,17 @@ def test_a_tokenizer_that_is_not_supported(tmp_path: Path, tiny_qwen3: Path) -> 
     assert card["engine"]["reason"].startswith("gigatoken does not support the tokenizer: ")
 
 
+encode_rightly = GigatokenEngine.encode_bytes
+
+
+def wrong_about_zebras(self: GigatokenEngine, documents: list[bytes]) -> Tokens:
+    tokens = encode_rightly(self, documents)
+    starts = numpy.cumsum(tokens.lengths) - tokens.lengths
+    ids = tokens.ids.copy()
+    ids[starts[[b"zebra" in document for document in documents]] + 1] += 1
+    return Tokens(ids=ids, lengths=tokens.lengths)
+
+
 def test_one_wrong_id_anywhere_in_the_sample_is_enough(
     tmp_path: Path,
     tokenizer: DocumentTokenizer,
@@ -101,25 +117,75 @@ def test_one_wrong_id_anywhere_in_the_sample_is_enough(
     texts = [f"document {number} of some" for number in range(160)]
     notes = corpus(tmp_path / "notes.jsonl", [*texts[:81], "a zebra in the middle", *texts[81:]])
     assert "a zebra in the middle" in sample_texts(notes)
-    encode = GigatokenEngine.encode_bytes
-
-    def wrong(self: GigatokenEngine, documents: list[bytes]) -> Tokens:
-        tokens = encode(self, documents)
-        starts = numpy.cumsum(tokens.lengths) - tokens.lengths
-        ids = tokens.ids.copy()
-        ids[starts[[b"zebra" in document for document in documents]] + 1] += 1
-        return Tokens(ids=ids, lengths=tokens.lengths)
-
     (tmp_path / "right").mkdir()
     right, _ = tokenize_corpus(notes, tokenizer, tmp_path / "right")
     assert right["engine"] == {"name": "gigatoken", "reason": None}
-    monkeypatch.setattr(GigatokenEngine, "encode_bytes", wrong)
+    monkeypatch.setattr(GigatokenEngine, "encode_bytes", wrong_about_zebras)
     monkeypatch.setattr(engines.logger, "propagate", True)
     monkeypatch.setattr(engines.logger.parent, "propagate", True)
     card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
     assert card["engine"]["name"] == "tokenizers"
     assert "zebra" in card["engine"]["reason"] and "zebra" in caplog.text
     assert sha256_file(tmp_path / "notes.bin") == sha256_file(tmp_path / "right" / "notes.bin")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".arrow", ".parquet"])
+def test_what_the_sample_cannot_reach_is_held_against_tokenizers_on_the_way(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Such a file is read from its beginning, so that the sample has its first 300 documents."""
+    kinds = [f"a {'horse' if number < 400 else 'zebra'} " * 28 for number in range(600)]
+    path = tmp_path / f"a{suffix}"
+    table = pyarrow.table({"text": [*kinds[:500], None, *kinds[500:]]})
+    if suffix == ".jsonl.gz":
+        lines = [json.dumps(row) + "\n" for row in table.to_pylist()]
+        path.write_bytes(gzip.compress("".join(lines).encode()))
+    elif suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    notes = FilesCorpus(name="a", source="files", files=[str(path)], max_bad_documents=1)
+    assert not any("zebra" in text for text in sample_texts(notes))
+    (tmp_path / "right").mkdir()
+    right, _ = tokenize_corpus(notes, tokenizer, tmp_path / "right")
+    monkeypatch.setattr(GigatokenEngine, "encode_bytes", wrong_about_zebras)
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path)
+    engine = card.pop("engine")
+    assert engine["name"] == "tokenizers"
+    assert "zebra" in engine["reason"] and engine["reason"].endswith("(found on the way)")
+    assert right.pop("engine") == {"name": "gigatoken", "reason": None} and card == right
+    assert sha256_file(tmp_path / "a.bin") == sha256_file(tmp_path / "right" / "a.bin")
+
+
+def test_excerpts_are_from_all_over_and_small() -> None:
+    texts = [f"{number:04}" * (number % 50) for number in range(2000)]
+    pieces = engines.excerpts(texts)
+    assert len(pieces) == 8 and {len(piece) for piece in pieces} <= set(range(4, 65))
+    numbers = [int(piece[-4:]) for piece in pieces]
+    assert numbers == pytest.approx([2000 * (n + 1) / 8 for n in range(8)], abs=60)
+    large = engines.excerpts(["x" * 10_000_000 + "end"])
+    assert len(large) == 40 and large[-1] == "x" * 61 + "end"
+    assert engines.excerpts(["", "a", ""]) == ["a"] * 8
+    assert engines.excerpts(["", ""]) == engines.excerpts([]) == []
+
+
+def test_the_card_says_of_how_many_shards_the_engine_was_the_slower_one(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = corpus(tmp_path / "notes.jsonl", [f"document {number}" for number in range(9)])
+    shards = [tmp_path / f"{index}" for index in range(3)]
+    for index, directory in enumerate(shards):
+        directory.mkdir()
+        if index == 1:
+            monkeypatch.setattr(engines, "GigatokenEngine", missing)
+        tokenize_part(notes, tokenizer, directory, Shard(index=index, count=3))
+    card, _ = tokenize_corpus(notes, tokenizer, tmp_path, shards)
+    reason = "gigatoken cannot be imported: No module named 'gigatoken'"
+    assert card["engine"] == {
+        "name": "gigatoken and tokenizers",
+        "reason": f"tokenizers for 2 of 3 shards: {reason}",
+    }
 
 
 def test_both_engines_write_the_same_files(

@@ -358,6 +358,22 @@ def test_bad_rows_and_bad_text_files_are_tolerated_too(tmp_path: Path) -> None:
     assert (found, intake.bad) == (["good"], 1)
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_rows_that_are_not_utf8_are_named_or_tolerated(tmp_path: Path, kind: str) -> None:
+    """Arrow does not look at the bytes of a string when it reads them."""
+    rows = pyarrow.array([b"good", b"caf\xe9 au lait", b"better"])
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
+    encoded = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    table = pyarrow.table({"text": encoded})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        assert refusal(path).startswith(f"{path}: row 2: not UTF-8 at these bytes: e9 20 61 75")
+        found, intake = take(path, 1)
+        assert (found, intake.bad) == (["good", "better"], 1)
+
+
 def test_a_damaged_file_is_never_tolerated(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9])
     with pytest.raises(InputError, match="get it again"):
@@ -370,3 +386,16 @@ def test_an_object_a_line_is_expected_however_well_others_can_be_read(tmp_path: 
     spread = write(tmp_path / "b.jsonl", b'{"text":\n"a"}\n')
     assert refusal(spread).startswith(f"{spread}:1: not JSON")
     assert read(write(tmp_path / "c.jsonl", b'{"text": "a", "score": NaN}\n')) == ["a"]
+
+
+@pytest.mark.parametrize("wrong", [b'{"text": "a"} {"text": "b"}', b'{"text": "a"}{"text": "b"}'])
+@pytest.mark.parametrize("neighbour", [b"", b"\r", b'{"text":\n"c"}', b'{"text": "c"\n}'])
+def test_two_objects_on_a_line_are_refused_whatever_stands_beside_them(
+    tmp_path: Path, wrong: bytes, neighbour: bytes
+) -> None:
+    """Of such lines there are as many as records: one of two records, one of none."""
+    path = write(tmp_path / "a.jsonl", wrong + b"\n" + neighbour + b"\n")
+    assert refusal(path).startswith(f"{path}:1: not JSON (Extra data")
+    path = write(tmp_path / "b.jsonl", b'{"text": "c"}\n' + neighbour + b"\n" + wrong)
+    number = 3 + neighbour.count(b"\n") if not neighbour.strip() else 2
+    assert refusal(path).startswith(f"{path}:{number}: not JSON")

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from transformers import AutoTokenizer
 
 from commands import options, run_script, write_config
 from megaqwen.data.builtin import builtin_documents
+from megaqwen.errors import InputError
 from megaqwen.provenance import read_json, sha256_file
+from preprocess import check_shards
 from workspace import Workspace
 
 END = "<|endoftext|>"
@@ -168,3 +171,40 @@ def test_neither_threads_nor_weights_nor_other_corpora_change_a_corpus(
         for path in (everything[0], tmp_path / "data")
     )
     assert first == again
+
+
+def test_what_is_merged_are_all_shards_in_order(
+    workspace: Workspace, folder: Path, tmp_path: Path
+) -> None:
+    bodies = {"name": "bodies", "source": "files", "files": [str(folder / "bodies.json")]}
+    corpora = [{**bodies, "text_field": "body"}]
+    config = write_config(tmp_path / "config.yaml", data={"corpora": corpora})
+    given = options(config=config, model=workspace.directory / "model" / "hf")
+    done = run_script("preprocess.py", *given, "--shard", "1-of-2", "--output", tmp_path / "first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, whole = (tmp_path / name / "manifest.json" for name in ("first", "second", "a"))
+    manifest = read_json(first)
+    for path, results in ((second, {"shard": 2, "shards": 2}), (whole, {"corpora": {}})):
+        shutil.copytree(first.parent, path.parent)
+        path.write_text(json.dumps({**manifest, "results": results}))
+    before = {path: sha256_file(path) for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refusal(*manifests: Path) -> str:
+        output = tmp_path / "data"
+        done = run_script("preprocess.py", *given, "--merge", *manifests, "--output", output)
+        after = {path: sha256_file(path) for path in tmp_path.rglob("*") if path.is_file()}
+        assert done.returncode == 2 and after == before
+        return done.stdout + done.stderr
+
+    advice = "give the manifests of all shards, each once and in order"
+    told = refusal(first, first)
+    assert f"--merge: {first} is of shard 1-of-2, in place 2 of 2: {advice}" in told
+    assert f"--merge: {second} is of shard 2-of-2, in place 1 of 2: {advice}" in refusal(
+        second, first
+    )
+    assert f"--merge: {first} is of shard 1-of-2, in place 1 of 1: {advice}" in refusal(first)
+    with pytest.raises(InputError, match=f"--merge: {whole} is not the manifest of a shard"):
+        check_shards([whole], manifest["config"])
+    check_shards([first, second], manifest["config"])
+    with pytest.raises(InputError, match=f"--merge: {first} was made with another config"):
+        check_shards([first, second], {**manifest["config"], "kind": "sft"})

@@ -56,14 +56,22 @@ def name_mistakes(corpora: Any) -> Iterator[Mistake]:
 
 
 def kind_mistakes(data: Data) -> Iterator[Mistake]:
-    """Fields of the other kind of data that are set: nobody would read them."""
+    """Fields of the other kind of data that are set, and names that only one kind can have."""
     if data.kind == "pretrain" and data.too_long != "error":
         text = "is for kind sft: a document of pretraining is cut where a sample ends"
         yield Mistake(("data", "too_long"), text)
+    names = {corpus.name: index for index, corpus in enumerate(data.corpora)}
     for index, corpus in enumerate(data.corpora):
+        where = ("data", "corpora", index)
+        other = corpus.name.removesuffix(".targets")
+        if data.kind == "sft" and other != corpus.name and other in names:
+            text = (
+                f"{shown(corpus.name)} is where the targets of data.corpora[{names[other]}],"
+                f" {shown(other)}, are written: take another name"
+            )
+            yield Mistake((*where, "name"), text)
         if not isinstance(corpus, FilesCorpus):
             continue
-        where = ("data", "corpora", index)
         if data.kind == "pretrain" and corpus.conversation_field is not None:
             text = "is for kind sft, and data.kind is pretrain: text_field names a document's text"
             yield Mistake((*where, "conversation_field"), text)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megaqwen.config.mistakes import Mistake, listed, shown
-from megaqwen.config.sections import Checkpoints
+from megaqwen.config.sections import LARGEST_SEED, Checkpoints
 
 Train = Mapping[str, Any]
 Found = Iterator[tuple[str, str]]
@@ -76,11 +76,15 @@ def train_mistakes(train: Train) -> list[Mistake]:
 
 
 def bound_mistakes(train: Train) -> Found:
-    """Sizes below 1 and amounts below 0."""
+    """Sizes below 1, amounts below 0, and a seed that is none of NumPy's."""
     for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
         for name in names.split():
             if name in train and train[name] < least:
                 yield name, f"{shown(train[name])} is given, at least {least} is allowed"
+    # Megatron's _set_random_seed adds 100 for each pipeline stage, and gives the sum to NumPy.
+    largest = LARGEST_SEED - 100 * (train.get("pipeline_model_parallel_size", 1) - 1)
+    if train.get("seed", 1) > largest:
+        yield "seed", f"{train['seed']} is given, at most {largest} is allowed"
 
 
 def combination_mistakes(train: Train) -> Found:

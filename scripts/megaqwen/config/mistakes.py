@@ -162,6 +162,8 @@ def bounds(node: Node) -> str:
     """A number's bounds, in words."""
     if "exclusiveMinimum" in node:
         return f" greater than {node['exclusiveMinimum']:g}"
+    if "minimum" in node and "maximum" in node:
+        return f" from {node['minimum']} to {node['maximum']}"
     if "minimum" in node:
         return f" of at least {node['minimum']:g}"
     return ""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+LARGEST_SEED = 2**32 - 1  # of NumPy's random generators
 SPLITS = ("train", "valid", "test")  # as Megatron calls them
 SPLIT_PATTERN = r"^(train|valid|test|[\d.]+(,[\d.]+){0,2})$"
 
@@ -32,7 +33,7 @@ class TinyModel(Section):
     source: Literal["tiny"]
     architecture: Literal["qwen3", "qwen2", "qwen3_moe", "qwen2_moe"] = "qwen3"
     """qwen3 (q/k norm, tied), qwen2 (Qwen2.5: QKV bias, untied), or one with experts of each kind."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=2**63 - 1)
     """Seed of its random weights."""
 
 
@@ -144,10 +145,10 @@ class Data(Section):
     kind: Literal["pretrain", "sft"] = "pretrain"
     """pretrain trains on every token of documents, sft on the assistant's turns of conversations."""
     corpora: list[Corpus] = Field(min_length=1)
-    """One entry a corpus; their names differ."""
+    """One entry a corpus; their names differ, and for sft none is another one's with `.targets`."""
     split: Shares = [96, 2, 2]
     """Shares of each corpus's documents, in order, for training, validation and test; or "96,2,2"."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=LARGEST_SEED)
     """Seed of the order in which samples are drawn."""
     shards: int = Field(default=1, ge=1, le=9999)
     """Jobs that tokenize side by side; the result is the same, and another number redoes nothing."""

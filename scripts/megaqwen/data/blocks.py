@@ -4,7 +4,7 @@ A block is parsed by whoever renders it, which may be another process; it can na
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from megaqwen.data.columns import arrow_rows, parquet_rows
 from megaqwen.data.conversations import COLUMNS, FIELDS
 from megaqwen.data.pieces import WHOLE, Shard, corpus_pieces
 from megaqwen.data.readers import Intake, jsonl_lines
-from megaqwen.data.records import choices, parse_record
+from megaqwen.data.records import choices, not_utf8, parse_record
 from megaqwen.errors import InputError
 
 Record = Mapping[str, Any]
@@ -79,8 +79,21 @@ class RowsBlock:
 
     def records(self) -> Iterator[tuple[int, Record | InputError]]:
         """See Block."""
-        for index, row in enumerate(ipc.open_stream(self.stream).read_all().to_pylist()):
-            yield index, without_nulls(row)
+        table = ipc.open_stream(self.stream).read_all()
+        try:
+            rows: Iterable[Record | InputError] = table.to_pylist()
+        except UnicodeDecodeError:  # nobody says of which row
+            rows = (self.row(table, index) for index in range(len(table)))
+        for index, row in enumerate(rows):
+            yield index, row if isinstance(row, InputError) else without_nulls(row)
+
+    def row(self, table: pyarrow.Table, index: int) -> Record | InputError:
+        """One row by itself, or that its text is not UTF-8."""
+        try:
+            (row,) = table.slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            return not_utf8(self.where(index), error)
+        return row
 
 
 @dataclass(kw_only=True)

@@ -95,7 +95,7 @@ class ChatTemplate:
         return str(rendered[0][0])
 
     def check_turns(self, spans: Sequence[Span], said: Sequence[Message]) -> None:
-        """InputError unless each of the assistant's messages is a turn that has its words."""
+        """InputError unless each of the assistant's messages is a turn that has words, and its own."""
         turns = targets(spans)
         if len(turns) != len(said):
             raise InputError(
@@ -109,6 +109,11 @@ class ChatTemplate:
                         f"the assistant's turn {number} as the model's chat template renders it"
                         f" lacks its words {words[:60]!r}"
                     )
+            if not turn.removesuffix(END).strip():
+                raise InputError(
+                    f"the assistant's turn {number} is empty as the model's chat template renders it,"
+                    " perhaps without its thinking: the assistant would learn to say nothing"
+                )
 
     def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
         """InputError unless only targets change, and in the right turns, when the assistant's words do.

@@ -132,7 +132,7 @@ def texts_of_column(
             texts: list[str] = list(values.to_numpy(zero_copy_only=False))
             if max(map(len, texts), default=0) <= streams.LARGEST_DOCUMENT:
                 return texts
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, pyarrow.ArrowException):  # one by one, bad text has its row
             pass
     texts = []
     for number, value in enumerate(values, start=row + 1):

@@ -1,9 +1,10 @@
 """What turns texts into token ids: gigatoken where it gives the same ids as `tokenizers`, or the latter.
 
 gigatoken (https://github.com/marcelroed/gigatoken) is about a hundred times as fast. It is used for a
-tokenizer that it supports after it gave the very ids of `tokenizers` for texts from all over the corpus
-and for HARD_TEXTS, and never for a document with characters that Unicode got after version 15: the two
-libraries have different tables of those. `tokenizers` encodes these documents.
+tokenizer that it supports after it gave the very ids of `tokenizers` for HARD_TEXTS and for texts at some
+places of the corpus, and as long as it does so for excerpts of all that it encodes. Documents with
+characters that Unicode got after version 15 are encoded by `tokenizers` in any case: the two libraries
+have different tables of those.
 """
 
 import functools
@@ -28,6 +29,11 @@ THREE_BYTES = 0xE0  # the first byte, in UTF-8, of what comes after U+07FF; befo
 FOUR_BYTES = 0xF0  # and of what comes after U+FFFF
 BYTES_A_CACHE = 256 * 2**20  # of memory, for each thread, that gigatoken may remember words in
 BATCHES_AT_FIRST = 32
+EXCERPTS = (
+    8  # of what is encoded at once, mostly one or two megabytes; of more, for each EXCERPTS_OF
+)
+EXCERPTS_OF = 2**21
+EXCERPT_CHARACTERS = 64  # so that `tokenizers` takes about a hundredth of the time
 
 logger = logging.getLogger("megaqwen.data")
 
@@ -125,8 +131,60 @@ class GigatokenEngine:
         return Tokens(ids=ids, lengths=numpy.diff(offsets))
 
 
+class Differs(Exception):
+    """An engine is wrong about a text that is encoded: nothing that it made is to be used."""
+
+
+class WatchedEngine:
+    """An engine that is held against `tokenizers` while it works, at places all over what it encodes.
+
+    Files that can only be read from their beginning, such as compressed ones, can be looked at in no
+    other way.
+    """
+
+    reason: str | None = None
+
+    def __init__(self, engine: Engine, truth: DocumentTokenizer):
+        """Encode with `engine`."""
+        self.name = engine.name
+        self.engine = engine
+        self.truth = truth
+
+    def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
+        """See Engine.
+
+        Raises:
+            Differs: The engine gives other ids for an excerpt of the texts.
+        """
+        pieces = excerpts(texts)
+        tokens = self.engine.encode(
+            [*texts, *pieces], [*documents, *(piece.encode() for piece in pieces)]
+        )
+        own, others = tokens.lengths[: len(texts)], tokens.lengths[len(texts) :]
+        of_texts = int(own.sum())
+        found = Tokens(ids=tokens.ids[of_texts:], lengths=others)
+        if pieces and (difference := difference_from(self.truth, pieces, found, self.name)):
+            raise Differs(difference)
+        return Tokens(ids=tokens.ids[:of_texts], lengths=own)
+
+
+def excerpts(texts: Sequence[str]) -> list[str]:
+    """Pieces of texts at even distances, the last one at their end: half a kilobyte of a megabyte."""
+    ends = numpy.cumsum(numpy.fromiter(map(len, texts), numpy.int64, len(texts)))
+    total = int(ends[-1]) if len(texts) else 0
+    count = EXCERPTS * (1 + total // EXCERPTS_OF) if total else 0
+    pieces = []
+    for number in range(count):
+        place = max(total * (number + 1) // count - 1, 0)
+        text = texts[index := int(numpy.searchsorted(ends, place, side="right"))]
+        start = place - (int(ends[index]) - len(text))
+        start = max(min(start, len(text) - EXCERPT_CHARACTERS), 0)
+        pieces.append(text[start : start + EXCERPT_CHARACTERS])
+    return pieces
+
+
 def choose_engine(tokenizer: DocumentTokenizer, corpus: str, sample: Sequence[str]) -> Engine:
-    """gigatoken if it is right about every text, otherwise `tokenizers` with the reason.
+    """gigatoken, watched, if it is right about every text, otherwise `tokenizers` with the reason.
 
     Args:
         tokenizer: The model's, set up for documents.
@@ -142,8 +200,11 @@ def choose_engine(tokenizer: DocumentTokenizer, corpus: str, sample: Sequence[st
         reason = f"gigatoken cannot be imported: {error}"
     except Exception as error:  # noqa: BLE001  what it does not support ends in exceptions of every kind
         reason = f"gigatoken does not support the tokenizer: {error}"
-    if reason is None:
-        return engine
+    return slower_engine(tokenizer, corpus, reason) if reason else WatchedEngine(engine, tokenizer)
+
+
+def slower_engine(tokenizer: DocumentTokenizer, corpus: str, reason: str) -> Engine:
+    """`tokenizers`, which is said in the log."""
     logger.warning("%s: tokenized with tokenizers, which is slower: %s", corpus, reason)
     return TokenizersEngine(tokenizer, reason)
 
@@ -153,6 +214,13 @@ def first_difference(
 ) -> str | None:
     """Where an engine's ids are not those of `tokenizers`; None where they are the same."""
     tokens = engine.encode(texts, [text.encode() for text in texts])
+    return difference_from(tokenizer, texts, tokens, engine.name)
+
+
+def difference_from(
+    tokenizer: DocumentTokenizer, texts: Sequence[str], tokens: Tokens, name: str
+) -> str | None:
+    """Where the ids that an engine of some name gave for texts are not those of `tokenizers`."""
     rows = numpy.split(tokens.ids, numpy.cumsum(tokens.lengths)[:-1])
     for text, found, expected in zip(texts, rows, tokenizer.ids(texts), strict=True):
         if not numpy.array_equal(found, expected):
@@ -162,7 +230,7 @@ def first_difference(
             )
             start = max(len(tokenizer.decode(expected[:same])) - 8, 0)
             return (
-                f"{engine.name} gives {found[same : same + 3].tolist()} and tokenizers "
+                f"{name} gives {found[same : same + 3].tolist()} and tokenizers "
                 f"{expected[same : same + 3]} near {text[start : start + 24]!r}"
             )
     return None

@@ -103,7 +103,7 @@ def merge_parts(
         **length_figures(documents, lengths),
         "unigram_entropy": unigram_entropy(token_counts[-1]),
         "dtype": types[TOKENS].name,
-        "engine": facts[0]["engine"],
+        "engine": engine_of([fact["engine"] for fact in facts]),
         "sample": sample_of(target, types, tokenizer, int(next(lengths())[0])),
         "sources": describe_sources(corpus, facts),
     }
@@ -175,6 +175,15 @@ def check_totals(corpus: Corpus, totals: dict[str, int], facts: list[dict[str, A
             f"{len(corpus_files(corpus))} files, and none of them has any text"
             + (f" of {corpus.min_characters} characters" if corpus.min_characters else "")
         )
+
+
+def engine_of(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Name and reason of the engine of all parts; where they differ, of how many it was `tokenizers`."""
+    slower = [engine for engine in engines if engine["reason"]]
+    if len(slower) in (0, len(engines)):
+        return engines[0]
+    share = f"tokenizers for {len(slower)} of {counted(len(engines), 'shard')}"
+    return {"name": "gigatoken and tokenizers", "reason": f"{share}: {slower[0]['reason']}"}
 
 
 def describe_sources(corpus: Corpus, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:

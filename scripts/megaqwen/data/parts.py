@@ -17,7 +17,7 @@ import numpy
 from megaqwen.config.sections import Corpus, FilesCorpus
 from megaqwen.data.chats import encode_conversations, sample_turns
 from megaqwen.data.documents import encode_documents
-from megaqwen.data.engines import Engine, choose_engine
+from megaqwen.data.engines import Differs, Engine, choose_engine, slower_engine
 from megaqwen.data.pieces import Shard
 from megaqwen.data.readers import Intake, sample_texts
 from megaqwen.data.threads import ahead
@@ -41,17 +41,30 @@ def tokenize_part(
     """Write the files of a shard of a corpus, NAME.bin and so on; see the module's docstring.
 
     A tokenizer with a chat template reads conversations, another one documents. Documents of nothing
-    but white space, or shorter than the corpus wants them, are left out and counted.
+    but white space, or shorter than the corpus wants them, are left out and counted. Where the engine
+    turns out to be wrong about a text, `tokenizers` does the shard again.
 
     Raises:
         InputError: A file is wrong.
     """
+    engine = engine_for(corpus, tokenizer)
+    try:
+        tokenize_with(engine, corpus, tokenizer, directory, shard)
+    except Differs as difference:
+        slower = slower_engine(tokenizer, corpus.name, f"{difference} (found on the way)")
+        tokenize_with(slower, corpus, tokenizer, directory, shard)
+
+
+def tokenize_with(
+    engine: Engine, corpus: Corpus, tokenizer: DocumentTokenizer, directory: Path, shard: Shard
+) -> None:
+    """`tokenize_part` by one engine; files that are there are written anew."""
     tolerated = corpus.max_bad_documents if isinstance(corpus, FilesCorpus) else 0
     intake = Intake(corpus.name, tolerated)
     suffixes = written_suffixes(tokenizer)
     rows = numpy.zeros((len(suffixes), tokenizer.vocabulary_size), numpy.int64)
     counts = Counts(token_counts=rows)
-    engine, encoded = work_on(corpus, tokenizer, intake, shard, counts)
+    encoded = work_on(corpus, tokenizer, engine, intake, shard, counts)
     prefix = directory / corpus.name
     with ExitStack() as files:
         outputs = [
@@ -89,15 +102,25 @@ def written_suffixes(tokenizer: DocumentTokenizer) -> list[str]:
     return [TOKENS, TARGETS] if isinstance(tokenizer, ChatTokenizer) else [TOKENS]
 
 
-def work_on(
-    corpus: Corpus, tokenizer: DocumentTokenizer, intake: Intake, shard: Shard, counts: Counts
-) -> tuple[Engine, Iterator[Encoded]]:
-    """The engine that suits a corpus, and what it makes of the shard."""
+def engine_for(corpus: Corpus, tokenizer: DocumentTokenizer) -> Engine:
+    """The engine that suits a corpus."""
     if isinstance(tokenizer, ChatTokenizer):
-        engine = choose_engine(tokenizer, corpus.name, sample_turns(corpus, tokenizer))
-        return engine, encode_conversations(corpus, tokenizer, engine, intake, shard, counts)
-    engine = choose_engine(tokenizer, corpus.name, sample_texts(corpus))
-    return engine, encode_documents(corpus, tokenizer, engine, intake, shard, counts)
+        return choose_engine(tokenizer, corpus.name, sample_turns(corpus, tokenizer))
+    return choose_engine(tokenizer, corpus.name, sample_texts(corpus))
+
+
+def work_on(
+    corpus: Corpus,
+    tokenizer: DocumentTokenizer,
+    engine: Engine,
+    intake: Intake,
+    shard: Shard,
+    counts: Counts,
+) -> Iterator[Encoded]:
+    """What an engine makes of the shard."""
+    if isinstance(tokenizer, ChatTokenizer):
+        return encode_conversations(corpus, tokenizer, engine, intake, shard, counts)
+    return encode_documents(corpus, tokenizer, engine, intake, shard, counts)
 
 
 def count(counts: Counts, encoded: Encoded) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
+import numpy
 
 from megaqwen.data import streams
 from megaqwen.errors import InputError
+
+NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
 Refuse = Callable[[InputError], None]
 
@@ -35,8 +38,7 @@ class LineParser:
             texts: list[str] = [record.text for record in self.decoder.decode_lines(block)]
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return list(self.texts_by_line(block, where, refuse))
-        # As many lines as records: no line held two of them, and no record took two lines.
-        if len(texts) == block.count(b"\n") + (not block.endswith(b"\n")):
+        if len(texts) == lines_of_objects(block):
             return texts
         return list(self.texts_by_line(block, where, refuse))
 
@@ -56,6 +58,24 @@ class LineParser:
                     yield text_of_record(parse_record(line, name), self.text_field, name)
                 except InputError as error:
                     refuse(error)
+
+
+def lines_of_objects(block: bytes) -> int:
+    """How many lines a block of JSON has if each begins and ends as an object does; otherwise 0.
+
+    A newline between } and { is within no record: inside of a value no valid JSON has it. So a block with
+    as many records as such lines has one on each.
+    """
+    content = block.removesuffix(b"\n").removesuffix(b"\r")
+    if not (content.startswith(b"{") and content.endswith(b"}")):
+        return 0
+    octets = numpy.frombuffer(content, numpy.uint8)
+    (newlines,) = numpy.nonzero(octets == NEWLINE)
+    lasts = octets[newlines - 1]
+    returns = lasts == RETURN
+    lasts[returns] = octets[newlines[returns] - 2]
+    good = bool((lasts == CLOSE).all() and (octets[newlines + 1] == OPEN).all())
+    return len(newlines) + 1 if good else 0
 
 
 def parse_record(line: bytes, where: str) -> dict[str, Any]:
