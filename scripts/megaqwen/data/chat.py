@@ -54,6 +54,8 @@ class ChatTemplate:
     shapes: set[Any] = field(default_factory=set)
     """Of conversations for which the template was seen to write the assistant's words, and nothing
     else of theirs, where they are looked for."""
+    shown: dict[str, bool] = field(default_factory=dict)
+    """Whether the template was seen to write a field of reasoning."""
 
     def spans(self, conversation: Conversation) -> list[Span]:
         """The conversation as the template renders it, cut at special tokens and at targets.
@@ -63,6 +65,7 @@ class ChatTemplate:
         """
         messages: Any = conversation.messages
         tools: Any = conversation.tools
+        self.check_reasoning(messages)
         tokens = any_of(tuple(self.special_ids))
         break_up = None
         if holds([messages, tools], lambda text: tokens.search(text) is not None):
@@ -114,6 +117,23 @@ class ChatTemplate:
                     f"the assistant's turn {number} is empty as the model's chat template renders it,"
                     " perhaps without its thinking: the assistant would learn to say nothing"
                 )
+
+    def check_reasoning(self, messages: Sequence[Message]) -> None:
+        """InputError where reasoning stands in a field that the template never writes, not even last."""
+        for name in REASONING:
+            if any(message.get(name) for message in messages) and not self.shows(name):
+                raise InputError(
+                    f"the model's chat template does not write {name!r}, so that it would not be"
+                    " trained on: put the reasoning into the content, or leave the field out"
+                )
+
+    def shows(self, name: str) -> bool:
+        """Whether the template writes a field of the assistant's last message."""
+        if name not in self.shown:
+            answer = {"role": "assistant", "content": "Answer.", name: "Reasons of the assistant."}
+            rendered = self.render([{"role": "user", "content": "Question?"}, answer], None)
+            self.shown[name] = answer[name] in rendered
+        return self.shown[name]
 
     def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
         """InputError unless only targets change, and in the right turns, when the assistant's words do.
