@@ -39,9 +39,14 @@ def reason_to_skip() -> str | None:
         )
     if os.geteuid() != 0:
         return "a Slurm cluster is started by root, in namespaces of its own"
-    tried = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
+    bridge = "ip link add bridge0 type bridge && ip link add veth0 type veth peer name veth1"
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "sh", "-ec", f"mount -t tmpfs tmpfs /run; {bridge}; ip netns add node"],
+        capture_output=True,
+        text=True,
+    )
     if tried.returncode:
-        return f"a Slurm cluster needs namespaces of its own: {tried.stderr.strip()}"
+        return f"a Slurm cluster needs namespaces and a network of its own: {tried.stderr.strip()}"
     return None
 
 
