@@ -41,7 +41,13 @@ def reason_to_skip() -> str | None:
         return "a Slurm cluster is started by root, in namespaces of its own"
     bridge = "ip link add bridge0 type bridge && ip link add veth0 type veth peer name veth1"
     tried = subprocess.run(
-        ["unshare", *NAMESPACES, "sh", "-ec", f"mount -t tmpfs tmpfs /run; {bridge}; ip netns add node"],
+        [
+            "unshare",
+            *NAMESPACES,
+            "sh",
+            "-ec",
+            f"mount -t tmpfs tmpfs /run; {bridge}; ip netns add node",
+        ],
         capture_output=True,
         text=True,
     )
