@@ -33,6 +33,7 @@ EXCERPTS = (
     8  # of what is encoded at once, mostly one or two megabytes; of more, for each EXCERPTS_OF
 )
 EXCERPTS_OF = 2**21
+CHECKED_AT_ONCE = 128
 EXCERPT_CHARACTERS = 64  # so that `tokenizers` takes about a hundredth of the time
 
 logger = logging.getLogger("megaqwen.data")
@@ -149,23 +150,41 @@ class WatchedEngine:
         self.name = engine.name
         self.engine = engine
         self.truth = truth
+        self.lock = threading.Lock()
+        self.unchecked: list[tuple[str, NDArray[Any]]] = []
+        """Excerpts and the ids that they got: a call for many costs little more than one for few."""
 
     def encode(self, texts: Sequence[str], documents: Sequence[bytes]) -> Tokens:
         """See Engine.
 
         Raises:
-            Differs: The engine gives other ids for an excerpt of the texts.
+            Differs: The engine gave other ids for an excerpt of these texts or of earlier ones.
         """
         pieces = excerpts(texts)
         tokens = self.engine.encode(
             [*texts, *pieces], [*documents, *(piece.encode() for piece in pieces)]
         )
-        own, others = tokens.lengths[: len(texts)], tokens.lengths[len(texts) :]
+        own = tokens.lengths[: len(texts)]
         of_texts = int(own.sum())
-        found = Tokens(ids=tokens.ids[of_texts:], lengths=others)
-        if pieces and (difference := difference_from(self.truth, pieces, found, self.name)):
-            raise Differs(difference)
+        rows = rows_of(tokens.ids[of_texts:], tokens.lengths[len(texts) :])
+        with self.lock:
+            self.unchecked += zip(pieces, rows, strict=True)
+            enough = len(self.unchecked) >= CHECKED_AT_ONCE
+        if enough:
+            self.check()
         return Tokens(ids=tokens.ids[:of_texts], lengths=own)
+
+    def check(self) -> None:
+        """Hold what was not yet held against `tokenizers`; call it when everything is encoded.
+
+        Raises:
+            Differs: The engine gave other ids for an excerpt.
+        """
+        with self.lock:
+            unchecked, self.unchecked = self.unchecked, []
+        pieces, rows = [piece for piece, _ in unchecked], [row for _, row in unchecked]
+        if pieces and (difference := difference_from(self.truth, pieces, rows, self.name)):
+            raise Differs(difference)
 
 
 def excerpts(texts: Sequence[str]) -> list[str]:
@@ -214,14 +233,18 @@ def first_difference(
 ) -> str | None:
     """Where an engine's ids are not those of `tokenizers`; None where they are the same."""
     tokens = engine.encode(texts, [text.encode() for text in texts])
-    return difference_from(tokenizer, texts, tokens, engine.name)
+    return difference_from(tokenizer, texts, rows_of(tokens.ids, tokens.lengths), engine.name)
+
+
+def rows_of(ids: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
+    """The ids of each document, of those of all one after the other."""
+    return numpy.split(ids, numpy.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def difference_from(
-    tokenizer: DocumentTokenizer, texts: Sequence[str], tokens: Tokens, name: str
+    tokenizer: DocumentTokenizer, texts: Sequence[str], rows: Sequence[NDArray[Any]], name: str
 ) -> str | None:
     """Where the ids that an engine of some name gave for texts are not those of `tokenizers`."""
-    rows = numpy.split(tokens.ids, numpy.cumsum(tokens.lengths)[:-1])
     for text, found, expected in zip(texts, rows, tokenizer.ids(texts), strict=True):
         if not numpy.array_equal(found, expected):
             pairs = zip(found.tolist(), expected, strict=False)

@@ -17,7 +17,7 @@ import numpy
 from megaqwen.config.sections import Corpus, FilesCorpus
 from megaqwen.data.chats import encode_conversations, sample_turns
 from megaqwen.data.documents import encode_documents
-from megaqwen.data.engines import Differs, Engine, choose_engine, slower_engine
+from megaqwen.data.engines import Differs, Engine, WatchedEngine, choose_engine, slower_engine
 from megaqwen.data.pieces import Shard
 from megaqwen.data.readers import Intake, sample_texts
 from megaqwen.data.threads import ahead
@@ -82,6 +82,8 @@ def tokenize_with(
                 each.records.tofile(documents)
             count(counts, each)
             progress.report()
+    if isinstance(engine, WatchedEngine):
+        engine.check()
     numpy.save(f"{prefix}.counts.npy", counts.token_counts)
     figures = {key: value for key, value in vars(counts).items() if key != "token_counts"}
     facts = {
