@@ -41,11 +41,19 @@ def train(arguments: argparse.Namespace) -> None:
 
     run = check_run(arguments)
     if rank_from_environment().speaks:
-        write_json(run.output / JOB, this_job() or {})
+        record_job(run.output / JOB)
     prepare_gpu()
     from megaqwen.training.run import pretrain_run
 
     pretrain_run(run)
+
+
+def record_job(file: Path) -> None:
+    """Write which Slurm job this is, for whoever asks what the run is at; outside of one nothing."""
+    if job := this_job():
+        write_json(file, job)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def save_before_time_limit() -> None:
