@@ -30,7 +30,9 @@ START_SECONDS = 300
 def reason_to_skip() -> str | None:
     """Why no cluster is started here; None where one is."""
     if not os.environ.get("SLURM_CLUSTER"):
-        return "SLURM_CLUSTER=1 starts a Slurm cluster of ten nodes for these tests, ten minutes long"
+        return (
+            "SLURM_CLUSTER=1 starts a Slurm cluster of ten nodes for these tests, ten minutes long"
+        )
     missing = [
         name for name in NEEDED if not shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
     ]
