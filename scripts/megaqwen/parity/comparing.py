@@ -119,9 +119,7 @@ class PointError:
     @property
     def ratio(self) -> float:
         """The error in units of what rounding does; of two equal results 0."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.null if self.null else float("inf")
+        return in_units(self.error, self.null)
 
     def __str__(self) -> str:
         """For a person."""
@@ -156,6 +154,13 @@ def relative(other: Tensor, reference: Tensor) -> Tensor:
     other, reference = other.double(), reference.double()
     size = reference.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return (other - reference).norm(dim=-1) / size
+
+
+def in_units(error: float, null: float) -> float:
+    """An error in units of what rounding alone does; of two equal results 0."""
+    if error == 0:
+        return 0.0
+    return error / null if null else float("inf")
 
 
 def nan_is_worst(value: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaqwen.parity.comparing import nan_is_worst, relative
+from megaqwen.parity.comparing import in_units, nan_is_worst, relative
 from megaqwen.parity.reference import Tensors
 
 
@@ -28,9 +28,7 @@ class TensorError:
     @property
     def ratio(self) -> float:
         """The error in units of what rounding does; of two equal results 0."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.null if self.null else float("inf")
+        return in_units(self.error, self.null)
 
     def __str__(self) -> str:
         """For a person."""
