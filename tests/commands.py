@@ -46,6 +46,29 @@ def run_benchmark(name: str, *words: object) -> str:
     return done.stdout
 
 
+def start_ranks(
+    program: Path, ranks: int, *words: object, log: Path, **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start torchrun with a program on so many ranks of one thread each; what they say is in `log`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with open(log, "w") as stream:
+        return subprocess.Popen(
+            [*launch, f"--nproc-per-node={ranks}", str(program), *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def wait_for_ranks(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    """Wait for their end; an AssertionError with the end of `log` where it is no good one."""
+    try:
+        returned = process.wait(timeout=seconds)
+    finally:
+        process.terminate()  # which ends its ranks; killed, it would leave them
+    assert returned == 0, log.read_text()[-20_000:]
+
+
 def options(**values: object) -> list[str]:
     """Words of a command line: checkpoint_manifest=x becomes --checkpoint-manifest x."""
     return [

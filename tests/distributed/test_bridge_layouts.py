@@ -5,9 +5,6 @@ export of that has to be the first model.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from commands import start_ranks, wait_for_ranks
 from megaqwen.architecture import megatron_options
 from megaqwen.training.arguments import CPU_OPTIONS
 from megaqwen.weights import (
@@ -104,21 +102,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert_to_megatron(directory / model / "hf", directory / model / "megatron")
     jobs = [job(directory, model, name, sizes) for (model, name), sizes in LAYOUTS.items()]
     (directory / "jobs.json").write_text(json.dumps(jobs))
-    words: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc-per-node", str(RANKS), Path(__file__).with_name("relayout.py")]
-    words += [directory / "jobs.json"]
-    with open(directory / "log", "w") as log:
-        ranks = subprocess.Popen(
-            words,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            returned = ranks.wait(timeout=540)
-        finally:
-            ranks.terminate()  # which ends its ranks; killed, it would leave them
-    assert returned == 0, (directory / "log").read_text()[-20_000:]
+    program, log = Path(__file__).with_name("relayout.py"), directory / "log"
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    process = start_ranks(program, RANKS, directory / "jobs.json", log=log, **settings)
+    wait_for_ranks(process, log, 540)
     return directory
 
 

@@ -5,15 +5,13 @@ ALL_LAYOUTS=1 in the environment adds the layouts and mistakes that the suite ha
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_mistakes import MISTAKES, Mistake
 
-from commands import write_config
+from commands import start_ranks, wait_for_ranks, write_config
 from megaqwen.weights import convert_to_megatron
 from small_models import MODELS, make_model
 from workspace import OPTIONS
@@ -86,21 +84,9 @@ def measured_on(ranks: int, directory: Path) -> list[dict[str, Any]]:
         jobs.append({"name": name, "mistakes": mistakes, **words})
     told, output, log = (directory / f"{ranks}.{kind}" for kind in ("jobs", "rows", "log"))
     told.write_text(json.dumps(jobs))
-    command: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), Path(__file__).with_name("try_rank_mistakes.py")]
-    command += [told, output]
-    with open(log, "w") as stream:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            returned = process.wait(timeout=900)
-        finally:
-            process.terminate()  # which ends its ranks; killed, it would leave them
-    assert returned == 0, log.read_text()[-20_000:]
+    program = Path(__file__).with_name("try_rank_mistakes.py")
+    process = start_ranks(program, ranks, told, output, log=log, CUDA_VISIBLE_DEVICES="")
+    wait_for_ranks(process, log, 900)
     rows: list[dict[str, Any]] = json.loads(output.read_text())
     return rows
 

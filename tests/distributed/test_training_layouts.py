@@ -8,7 +8,6 @@ ALL_LAYOUTS=1 in the environment adds those that the suite has no time for.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from commands import start_ranks
 from megaqwen.provenance import read_json
 from megaqwen.weights import convert_to_megatron
 from small_models import MODELS, make_model
@@ -138,16 +138,10 @@ def write_corpus(prefix: Path) -> None:
 def launch(directory: Path, ranks: int, jobs: dict[str, Any]) -> subprocess.Popen[bytes]:
     """Start the ranks that do these jobs."""
     jobs = {**jobs, "losses": str(directory / f"losses-{ranks}.json")}
-    (directory / f"jobs-{ranks}.json").write_text(json.dumps(jobs))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += [f"--nproc-per-node={ranks}", str(Path(__file__).with_name("train_layouts.py"))]
-    with open(directory / f"log-{ranks}", "w") as log:
-        return subprocess.Popen(
-            [*words, str(directory / f"jobs-{ranks}.json")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    told = directory / f"jobs-{ranks}.json"
+    told.write_text(json.dumps(jobs))
+    program, log = Path(__file__).with_name("train_layouts.py"), directory / f"log-{ranks}"
+    return start_ranks(program, ranks, told, log=log, CUDA_DEVICE_MAX_CONNECTIONS="1")
 
 
 def converted(directory: Path, model: str) -> dict[str, Any]:
