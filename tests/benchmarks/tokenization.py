@@ -24,6 +24,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -210,33 +211,33 @@ def measured(way: str, directory: Path, corpus: Path) -> dict[str, float]:
 
 
 def speed(directory: Path, megabytes: int, pairs: int, folders: list[str]) -> None:
-    """Print a line for each pair, and one for the plain way."""
+    """Print a line for each pair with the plain way before or after it, and the medians of all."""
     corpus = make_corpus(directory, megabytes, folders)
     make_model(directory)
-    ratios, rates = [], []
+    of_bare, of_plain = [], []
     for pair in range(pairs):
-        order = ("ours", "bare") if pair % 2 else ("bare", "ours")
+        order = tuple(WAYS) if pair % 2 else tuple(reversed(WAYS))
         found = {way: measured(way, directory, corpus) for way in order}
         rate = {way: each["bytes"] / each["seconds"] / 1e6 for way, each in found.items()}
-        ratios.append(rate["ours"] / rate["bare"])
-        rates.append(rate["ours"])
+        of_bare.append(rate["ours"] / rate["bare"])
+        of_plain.append(rate["ours"] / rate["plain"])
         print(
             f"{found['ours']['bytes'] / 1e6:.0f} MB: ours {rate['ours']:6.1f} MB/s, gigatoken bare"
-            f" {rate['bare']:6.1f} MB/s: {ratios[-1]:.2f} of its speed; preparing"
-            f" {found['ours']['preparing']:.1f} s; load {os.getloadavg()[0]:.1f}",
+            f" {rate['bare']:6.1f}: {of_bare[-1]:.2f} of its speed; the plain way (over"
+            f" {found['plain']['bytes'] / 1e6:.0f} MB) {rate['plain']:.2f}: {of_plain[-1]:.0f} times"
+            f" as fast; preparing {found['ours']['preparing']:.1f} s; load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
+    print(
+        f"medians: {statistics.median(of_bare):.2f} of gigatoken's bare encode,"
+        f" {statistics.median(of_plain):.0f} times the plain way",
+        flush=True,
+    )
     compared, size, wrong = differences(directory, corpus, directory / "data" / "corpus")
     print(
         f"{compared} documents ({size / 1e6:.1f} MB) held against tiktoken: {len(wrong)} differ",
         *wrong[:5],
         flush=True,
-    )
-    slow = measured("plain", directory, corpus)
-    rate = slow["bytes"] / slow["seconds"] / 1e6
-    print(
-        f"{slow['bytes'] / 1e6:.0f} MB of it the plain way: {rate:.2f} MB/s; ours is"
-        f" {min(rates) / rate:.0f} to {max(rates) / rate:.0f} times as fast"
     )
 
 

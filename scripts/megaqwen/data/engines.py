@@ -166,7 +166,8 @@ class WatchedEngine:
         )
         own = tokens.lengths[: len(texts)]
         of_texts = int(own.sum())
-        rows = rows_of(tokens.ids[of_texts:], tokens.lengths[len(texts) :])
+        own_memory = tokens.ids[of_texts:].copy()  # a view would keep the ids of all texts
+        rows = rows_of(own_memory, tokens.lengths[len(texts) :])
         with self.lock:
             self.unchecked += zip(pieces, rows, strict=True)
             enough = len(self.unchecked) >= CHECKED_AT_ONCE
