@@ -43,6 +43,8 @@ SUFFIXES = {
 LARGEST_FILE = 400_000  # bytes: larger ones are data
 TEXT = (sys.prefix, sys.base_prefix, "/usr/share", "/usr/include", "/usr/lib", "/opt")
 PLAIN_BYTES = 20_000_000
+# What becomes of texts when all of them are not enough: other words, for gigatoken's cache.
+CHANGES = (str, str.upper, str.swapcase, lambda text: text[::-1])
 WARM = [b"some words " * 100_000] * 4
 
 
@@ -76,21 +78,30 @@ def make_corpus(directory: Path, megabytes: int, folders: list[str]) -> Path:
         return path
     everything = directory / "everything.jsonl"
     if not everything.is_file():
-        with open(directory / "everything.partial", "w", encoding="utf-8") as stream:
-            for text in texts(folders):
-                stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        with open(directory / "everything.partial", "wb") as stream:
+            stream.writelines(encoded({"text": text}) for text in texts(folders))
         (directory / "everything.partial").rename(everything)
     wanted, there = megabytes * 10**6, everything.stat().st_size
-    taken = seen = 0
-    with open(everything, "rb") as lines, open(path, "wb") as stream:
-        for line in lines:
-            seen += len(line)
-            if taken * there <= wanted * seen:
-                stream.write(line)
-                taken += len(line)
+    taken, part = 0, min(wanted / there, 1)
+    with open(directory / "corpus.partial", "wb") as stream:
+        for change in CHANGES:
+            seen = begun = 0
+            with open(everything, "rb") as lines:
+                for line in lines:
+                    seen += len(line)
+                    if begun <= part * seen and taken < wanted:
+                        text = change(json.loads(line)["text"])
+                        begun += len(line)
+                        taken += stream.write(encoded({"text": text}))
+    (directory / "corpus.partial").rename(path)
     if taken < 0.95 * wanted:
         print(f"only {taken / 1e6:.0f} MB of text are below the folders of --text")
     return path
+
+
+def encoded(record: dict[str, str]) -> bytes:
+    """A line of JSON."""
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def documents_of(corpus: Path, limit: int | None = None) -> list[str]:
