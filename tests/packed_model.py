@@ -23,6 +23,7 @@ if not GPU:
     cpu_emulation.install()
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
@@ -31,7 +32,7 @@ from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
 from megaqwen.architecture import megatron_options  # noqa: E402
 from megaqwen.config.megatron_options import to_arguments  # noqa: E402
 from megaqwen.training import fused_kernels  # noqa: E402
-from megaqwen.training.arguments import CPU_OPTIONS, GPU_OPTIONS  # noqa: E402
+from megaqwen.training.arguments import CPU_OPTIONS, gpu_options  # noqa: E402
 from megaqwen.training.model import model_config  # noqa: E402
 from megaqwen.training.packed_forward import conversation_bounds  # noqa: E402
 
@@ -39,7 +40,10 @@ Sample = dict[str, torch.Tensor]
 
 
 def build(given: dict[str, Any]) -> Any:
-    """The model, with random weights that no two of are alike."""
+    """The model, with random weights that no two of are alike, wrapped as training wraps it.
+
+    On a GPU the matrix products add weights' gradients to the buffers that the wrapper makes.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     store = torch.distributed.HashStore()
@@ -55,7 +59,7 @@ def build(given: dict[str, Any]) -> Any:
     )
     options = {
         **architecture,
-        **(GPU_OPTIONS if GPU else CPU_OPTIONS),
+        **(gpu_options({}, architecture) if GPU else CPU_OPTIONS),
         **(fused if GPU else {}),
         "vocab_size": given["facts"]["vocab_size"],
         "tokenizer_type": "NullTokenizer",
@@ -67,10 +71,11 @@ def build(given: dict[str, Any]) -> Any:
     }
     sys.argv = [sys.argv[0], *to_arguments(options)]
     config = model_config(parse_and_validate_args())
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = GPTModelBuilder(config).build_model(groups).to(torch.cuda.current_device())
-    if given["bf16"]:
-        model.bfloat16()
+    (model,) = GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        data_parallel_random_init=False,
+    )
     return model
 
 
@@ -93,7 +98,7 @@ def row(given: dict[str, Any], members: list[int], length: int) -> Sample:
 
 def losses_and_gradients(model: Any, batches: list[Sample], *, packed: bool) -> dict[str, Any]:
     """Losses by conversation, and the gradients of their sum."""
-    model.zero_grad()
+    model.zero_grad_buffer()
     losses: dict[int, float] = {}
     device = torch.cuda.current_device()
     for batch in batches:
@@ -110,7 +115,7 @@ def losses_and_gradients(model: Any, batches: list[Sample], *, packed: bool) -> 
         for number in flat["conversation"].unique().tolist():
             losses[number] = scored[flat["conversation"] == number].double().sum().item()
     gradients = {
-        name: parameter.grad.double().flatten().tolist()
+        name: parameter.main_grad.double().flatten().tolist()
         for name, parameter in model.named_parameters()
     }
     return {"losses": [losses[number] for number in sorted(losses)], "gradients": gradients}

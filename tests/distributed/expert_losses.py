@@ -37,7 +37,7 @@ def batch_of(given: dict[str, Any], length: int) -> dict[str, torch.Tensor]:
 
 def gradients(model: Any, step: PackedForwardStep, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of every router's weights, after one micro batch."""
-    model.zero_grad()
+    model.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter([batch]),
@@ -48,7 +48,7 @@ def gradients(model: Any, step: PackedForwardStep, batch: dict[str, torch.Tensor
         forward_only=False,
     )
     routers = [each for name, each in model.named_parameters() if "router" in name]
-    return torch.cat([each.grad.double().flatten() for each in routers])
+    return torch.cat([each.main_grad.double().flatten() for each in routers])
 
 
 def main() -> None:
