@@ -4,6 +4,7 @@ Skipped without a GPU: run `uv sync --extra gpu` and `uv run pytest tests/gpu` o
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ pytestmark = pytest.mark.skipif(
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 BF16 = {"bf16": True}
 LOSS_BOUND_FLOAT32, LOSS_BOUND_BF16 = 1e-3, 2e-2  # nats per token
+LEVERS: dict[str, dict[str, Any]] = {
+    "CUDA graphs": {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 1},
+    "optimizer offload": {
+        "use_distributed_optimizer": True,
+        "use_precision_aware_optimizer": True,
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 0.5,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,22 @@ def test_saving_beside_training_saves_the_same_bits(workspace: Workspace, in_bf1
     for iteration in (2, 4):
         saved, expected = (weights(workspace, each, iteration) for each in (beside, in_bf16))
         assert differing(saved, expected) == []
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+def test_levers_follow_and_resume(workspace: Workspace, in_bf16: Path, lever: str) -> None:
+    """The bits are not compared: an iteration runs as a graph or not, by what came before it."""
+    options, name = {**BF16, **LEVERS[lever]}, lever.replace(" ", "-")
+    trained = workspace.train(name, 1, options)
+    curve = losses(trained)
+    difference = largest_difference(curve, losses(in_bf16))
+    print(f"{lever} against bf16: {difference:.2e} nats")
+    assert difference < LOSS_BOUND_BF16
+    forget_after(trained, 2)
+    workspace.train(name, 1, options)
+    difference = largest_difference(losses(trained), curve)
+    print(f"{lever}, resumed: {difference:.2e} nats")
+    assert difference < LOSS_BOUND_FLOAT32
 
 
 def test_a_training_moves_from_cpu_to_gpu(workspace: Workspace, on_cpu: Path) -> None:

@@ -44,6 +44,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": False,
     },
+    "qwen3-14b": {
+        **COMMON,
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
     "qwen3-30b-a3b": {
         **COMMON,
         "model_type": "qwen3_moe",
@@ -156,23 +167,48 @@ EXPERTS = {
 }
 TWICE = {"save_interval": 3}
 ASYNC = {"async_save": True}
+# Captured after one iteration in place of three, so that a case stays short.
+GRAPHS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 1}
+# How many tokens an expert gets is known on the GPU alone: what comes before can be captured.
+BEFORE_EXPERTS = {"cuda_graph_modules": ["attn", "moe_router", "moe_preprocess"]}
+# On the GPU 4 bytes a weight, and 16 for each that stays there; in the host's memory 18 for the others.
+OFFLOAD = {
+    "use_distributed_optimizer": True,
+    "use_precision_aware_optimizer": True,
+    "main_grads_dtype": "bf16",
+    "optimizer_cpu_offload": True,
+    "overlap_cpu_optimizer_d2h_h2d": True,
+}
 
 
-def qwen_8b(options: dict[str, Any]) -> Case:
+def qwen_8b(options: dict[str, Any], iterations: int = 4) -> Case:
     """As many of its 36 layers as fit."""
     return Case(
         shape="qwen3-8b",
         layers=14,
         micro=2,
         accumulate=32,
-        iterations=5,
+        iterations=iterations,
         options={**LEAN, **options},
+    )
+
+
+def qwen_30b(options: dict[str, Any], iterations: int = 6) -> Case:
+    """Few of its 48 layers, all of their experts."""
+    return Case(
+        shape="qwen3-30b-a3b",
+        layers=6,
+        micro=4,
+        accumulate=16,
+        iterations=iterations,
+        options={**LEAN, **EXPERTS, **options},
+        profiled=True,
     )
 
 
 SMALL_ONE = {"shape": "qwen2.5-1.5b", "micro": 4}
 CASES: dict[str, Case] = {
-    "1.5b": Case(**SMALL_ONE, accumulate=16, profiled=True),
+    "1.5b": Case(**SMALL_ONE, accumulate=16, iterations=6, profiled=True),
     "1.5b-plain": Case(  # as it was without the kernels of ours and Transformer Engine's sequences
         shape="qwen2.5-1.5b",
         micro=2,
@@ -187,26 +223,43 @@ CASES: dict[str, Case] = {
         shape="qwen2.5-1.5b", micro=2, accumulate=32, iterations=4, library="transformers"
     ),
     "1.5b-save": Case(**SMALL_ONE, accumulate=2, iterations=6, saves=True, options=TWICE),
-    "1.5b-save-async": Case(
-        **SMALL_ONE, accumulate=2, iterations=70, saves=True, options={**ASYNC, "save_interval": 35}
+    "1.5b-save-async": Case(  # the first is on the disk before the second begins
+        **SMALL_ONE, accumulate=3, iterations=40, saves=True, options={**ASYNC, "save_interval": 20}
+    ),
+    "1.5b-graphs": Case(**SMALL_ONE, accumulate=16, iterations=5, options=GRAPHS),
+    "1.5b-graphs-fused": Case(
+        **SMALL_ONE,
+        accumulate=16,
+        iterations=5,
+        options={**GRAPHS, "use_transformer_engine_op_fuser": True},
     ),
     "8b": qwen_8b({}),
     "8b-fp8": qwen_8b(TENSORWISE),
     "8b-fp8-delayed": qwen_8b(DELAYED),
-    "30b-a3b": Case(
-        shape="qwen3-30b-a3b",
-        layers=6,
-        micro=4,
-        accumulate=16,
-        iterations=6,
-        options={**LEAN, **EXPERTS},
-        profiled=True,
-    ),
+    "8b-graphs": qwen_8b(GRAPHS, iterations=5),
+    "8b-fp8-graphs": qwen_8b({**TENSORWISE, **GRAPHS}, iterations=5),
+    "30b-a3b": qwen_30b({}),
+    "30b-a3b-gc": qwen_30b({"manual_gc": True}),  # Python collects no garbage by itself
+    "30b-a3b-graphs": qwen_30b({**GRAPHS, **BEFORE_EXPERTS}, iterations=7),
     "7b-whole": Case(  # the largest that trains on 80 GB without offloading
         shape="qwen2.5-7b",
         micro=1,
         accumulate=16,
         iterations=4,
         options={**LEAN, **FULL, "main_grads_dtype": "bf16"},
+    ),
+    "8b-whole": Case(  # takes 130 GB of the host's memory
+        shape="qwen3-8b",
+        micro=2,
+        accumulate=16,
+        iterations=3,
+        options={**OFFLOAD, **FULL, "optimizer_offload_fraction": 0.75},
+    ),
+    "14b-whole": Case(  # takes 300 GB of the host's memory
+        shape="qwen3-14b",
+        micro=2,
+        accumulate=16,
+        iterations=3,
+        options={**OFFLOAD, **FULL, "optimizer_offload_fraction": 1.0},
     ),
 }

@@ -156,6 +156,7 @@ def training_run(case: Case, directory: Path) -> Any:
         hf_config=hf_config,
         data={
             "corpora": {"corpus": facts},
+            "files": {"corpus.bin": TOKENS},
             "tokenizer": {"end_of_document": {"token": "<|endoftext|>", "id": END}},
         },
         model=directory / "model",
