@@ -81,10 +81,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["qwen3", "qwen3_moe", "Qwen2.5-0.5B"])
     parser.add_argument("--steps", type=int, default=30, help="of training before (default: 30)")
     arguments = parser.parse_args()
-    from megaqwen.training import fused_kernels
+    from megaqwen.training import cpu_checkpoints, fused_kernels
     from megaqwen.weights import convert_to_megatron
 
     fused_kernels.install()
+    cpu_checkpoints.install()  # what convert writes has no states of Transformer Engine either
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("cuda:nccl,cpu:gloo", rank=0, world_size=1)
