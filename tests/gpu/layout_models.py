@@ -5,14 +5,14 @@ checkpoint and reads the same tokens. DIRECTORY gets data/, and for each shape h
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from layout_plan import LAYERS, hf_config, small_config
+from layout_plan import hf_config, small_config
 from torch import Tensor
 
 from commands import write_config
@@ -59,17 +59,24 @@ class Models:
         )
         return [str(word) for word in words]
 
-    def make(self) -> None:
-        """Everything that trainings start from; the shapes side by side."""
-        for shape in LAYERS:
+    def make(self, shapes: Sequence[str]) -> None:
+        """Everything that trainings of these shapes start from, but for what is there already."""
+        for shape in shapes:
             self.hf(shape).mkdir(parents=True, exist_ok=True)
             facts = self.hf_config(shape)
             (self.hf(shape) / "config.json").write_text(json.dumps(facts))
             train_tokenizer(facts["max_position_embeddings"]).save_pretrained(self.hf(shape))
+        missing = [each for each in shapes if not self.made(self.directory / each / "megatron")]
         with ThreadPoolExecutor() as pool:
-            for done in [pool.submit(self.make_shape, shape) for shape in LAYERS]:
+            for done in [pool.submit(self.make_shape, shape) for shape in missing]:
                 done.result()
-        self.preprocess(next(iter(LAYERS)))  # one tokenizer: one set of tokens for all
+        if not self.made(self.directory / "data"):
+            self.preprocess(shapes[0])  # one tokenizer: one set of tokens for all
+
+    @staticmethod
+    def made(directory: Path) -> bool:
+        """Whether a stage has finished there."""
+        return (directory / "manifest.json").is_file()
 
     def make_shape(self, shape: str) -> None:
         """Weights, and what convert makes of them."""

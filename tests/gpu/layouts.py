@@ -37,7 +37,7 @@ sys.path[:0] = [str(HERE.parents[2] / "scripts"), str(HERE.parents[1]), str(HERE
 
 from layout_checkpoints import Checks  # noqa: E402
 from layout_models import Models  # noqa: E402
-from layout_plan import DENSE, EXPERTS, SEQUENCE, Experiment, plan  # noqa: E402
+from layout_plan import DENSE, EXPERTS, LAYERS, SEQUENCE, Experiment, plan  # noqa: E402
 from layout_runs import Launched  # noqa: E402
 
 from megaqwen.provenance import write_json  # noqa: E402
@@ -84,7 +84,7 @@ class Measurement:
 
     def run(self) -> int:
         """Everything; the exit status."""
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.say(json.dumps(self.results["machine"]))
         began = time.monotonic()
         checks = self.checkpoint_checks()
@@ -93,7 +93,7 @@ class Measurement:
         ready = self.launch(following) if self.on_gpu else []
         try:
             if following:
-                self.models.make()
+                self.models.make(self.shapes())
                 self.say(f"models and data: {time.monotonic() - began:.0f} s")
             if checks:
                 checks.wait_for_trainings(self.left() / 2)
@@ -136,6 +136,11 @@ class Measurement:
         yield from ([each] for each in several[:first])
         yield from ([each] for each in self.best_in_fp8())
         yield from ([each] for each in several[first:])
+
+    def shapes(self) -> list[str]:
+        """The shapes that are trained."""
+        wanted = {each.shape for each in plan(self.gpus) if self.chosen(each)}
+        return [shape for shape in LAYERS if shape in wanted]
 
     def chosen(self, experiment: Experiment) -> bool:
         named = not self.names or experiment.name in self.names
