@@ -226,6 +226,13 @@ CASES: dict[str, Case] = {
     "1.5b-save-async": Case(  # the first is on the disk before the second begins
         **SMALL_ONE, accumulate=3, iterations=40, saves=True, options={**ASYNC, "save_interval": 20}
     ),
+    "1.5b-long": Case(**SMALL_ONE, accumulate=32, iterations=5),
+    "1.5b-cudnn-norms": Case(
+        **SMALL_ONE,
+        accumulate=32,
+        iterations=5,
+        environment={"NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1"},
+    ),
     "1.5b-graphs": Case(**SMALL_ONE, accumulate=16, iterations=5, options=GRAPHS),
     "1.5b-graphs-fused": Case(
         **SMALL_ONE,

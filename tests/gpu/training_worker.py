@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -181,6 +182,9 @@ def train_with_megatron(case: Case, directory: Path) -> dict[str, Any]:
     from megaqwen.training.run import METRICS, pretrain_run
 
     shutil.rmtree(directory, ignore_errors=True)
+    if case.saves:  # what a save's time goes to
+        for name in ("training.checkpointing", "core.dist_checkpointing.strategies.async_utils"):
+            logging.getLogger(f"megatron.{name}").setLevel(logging.DEBUG)
     run = training_run(case, directory)
     marks: dict[str, float] = {}
     record: dict[str, Any] = {}

@@ -1,10 +1,14 @@
 """Where asynchronous saves put tensors, as far as a machine without a GPU can tell."""
 
 import io
+import threading
+from pathlib import Path
 
+import pytest
 import torch
 
-from megaqwen.training import async_saving
+from megaqwen.config.sections import Checkpoints
+from megaqwen.training import async_saving, saving
 
 
 def buckets(seed: int) -> list[async_saving.Bucket]:
@@ -51,3 +55,33 @@ def test_more_than_the_host_has_is_not_kept() -> None:
     assert not staging.grow(1 << 60)
     assert staging.grow(1 << 12)
     assert staging.memory.nbytes == 1 << 12
+
+
+def test_a_save_does_not_wait_for_checksums_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        go_on = threading.Event()
+        digested: list[str] = []
+
+        def slowly(directory: Path, *words: object) -> None:
+            assert go_on.wait(60)
+            digested.append(directory.name)
+
+        monkeypatch.setattr(saving, "write_checksums", slowly)
+        monkeypatch.setattr(saving, "check_held", lambda *words: None)
+        around = saving.Saving(tmp_path, Checkpoints())
+        places = [tmp_path / f"iter_{number:07}" for number in (1, 2)]
+        for place in places:
+            place.mkdir()
+            (place / "__0_0.distcp").write_bytes(b"tensors")
+            around.begin(place)
+            around.end(place)
+        assert not digested
+        go_on.set()
+        around.finish()
+        assert digested == [place.name for place in places]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,13 +3,15 @@
 Megatron's worker process copies each tensor from the GPU to fresh memory while training waits: at
 1.4 GB/s on an H100's host, since every page is touched for the first time and the driver copies through
 a buffer of its own. Here the worker keeps the memory from save to save and has the driver lock its
-pages, which the GPU fills at 55 GB/s. It costs a rank as much host memory as its share of a checkpoint.
+pages, which the GPU fills at 55 GB/s; it takes it while the first iterations run. It costs a rank as much
+host memory as its share of a checkpoint.
 """
 
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
@@ -23,6 +25,9 @@ ALIGNMENT = 512  # bytes
 PART = 64 << 20  # bytes that a thread touches at a time
 THREADS = 8  # that touch new memory
 SPARE = 1.25  # times as much memory has to be available as is locked
+MORE = 1.02  # times as much as is reckoned: what is aligned, and what ranks share unevenly
+RESERVING_SECONDS = 300
+MASTER = 4  # bytes of an optimizer's own copy of a weight
 
 # As Megatron plans a save: a file, its key, and its items as [(item, bytes)] and [(item, tensor)].
 Bucket = tuple[Any, str, tuple[list[Any], list[Any]]]
@@ -31,8 +36,68 @@ Bucket = tuple[Any, str, tuple[list[Any], list[Any]]]
 def install() -> None:
     """Have Megatron's worker stage tensors by `stage`; call it on a GPU only."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import get_args, training
 
     FileSystemWriterAsync.preload_tensors = staticmethod(stage)
+    set_up = training.setup_model_and_optimizer
+
+    def set_up_and_reserve(*words: Any, **named: Any) -> Any:
+        model, optimizer, schedule = set_up(*words, **named)
+        if get_args().async_save:
+            reserve(saved_bytes(model, optimizer))
+        return model, optimizer, schedule
+
+    training.setup_model_and_optimizer = set_up_and_reserve
+
+
+def saved_bytes(model: Iterable[torch.nn.Module], optimizer: Any) -> int:
+    """About how many bytes of a checkpoint this rank writes: weights, and Adam's state with its copy.
+
+    Data parallel ranks share out what they all have; of a distributed optimizer each has its own part.
+    """
+    from megatron.training import get_args
+
+    arguments = get_args()
+    weights = sum(each.nbytes for chunk in model for each in chunk.parameters())
+    moments = arguments.exp_avg_dtype.itemsize + arguments.exp_avg_sq_dtype.itemsize
+    states = sum(
+        each.numel() * (MASTER + moments)
+        for group in optimizer.param_groups
+        for each in group["params"]
+    )
+    ranks = arguments.data_parallel_size
+    if arguments.use_distributed_optimizer:
+        return weights // ranks + states
+    return (weights + states) // ranks
+
+
+RESERVING: list[threading.Thread] = []
+
+
+def reserve(size: int) -> None:
+    """Have the worker take memory while training begins: at the first save it would be waited for."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import (
+        AsyncRequest,
+        PersistentAsyncCaller,
+    )
+
+    requests, ended = (
+        PersistentAsyncCaller._persistent_queue,
+        PersistentAsyncCaller._persistent_comp_q,
+    )
+    if requests is None or ended is None:
+        return
+    requests.put(AsyncRequest(async_fn=grow, async_fn_args=(int(MORE * size),), finalize_fns=[]))
+    # The worker tells that it is through: taken off here, or the first save would take it for its own.
+    words = {"timeout": RESERVING_SECONDS}
+    RESERVING.append(threading.Thread(target=ended.get, kwargs=words, daemon=True))
+    RESERVING[-1].start()
+
+
+def wait_until_reserved() -> None:
+    """Before a save: the worker does one thing at a time."""
+    while RESERVING:
+        RESERVING.pop().join()
 
 
 class Staging:
@@ -101,6 +166,11 @@ def touch(memory: torch.Tensor) -> None:
 
 
 STAGING = Staging()
+
+
+def grow(size: int) -> None:
+    """What `reserve` has the worker do."""
+    STAGING.grow(size)
 
 
 def stage(write_buckets: list[Bucket], non_blocking: bool = True) -> list[Bucket]:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
 from megaqwen.config.sections import Checkpoints
+from megaqwen.training import async_saving
 from megaqwen.training.cpu_checkpoints import saved_arguments
 from megaqwen.training.lease import check_held, token_of_launcher
 
@@ -88,7 +89,7 @@ class Saving:
 
     def begin(self, directory: Path) -> None:
         """Stop where another start has the lease; rank 0's error ends all ranks of the job."""
-        self.finish()
+        async_saving.wait_until_reserved()
         if torch.distributed.get_rank() == 0:
             check_held(self.checkpoints, self.token)
             (directory / FILES).unlink(missing_ok=True)  # of an earlier save of this iteration
@@ -97,11 +98,17 @@ class Saving:
         """All ranks have written: record it."""
         if torch.distributed.get_rank() == 0:
             write_sizes(directory)
-        self.background = threading.Thread(target=self.follow, args=(directory,), daemon=True)
+        words = (directory, self.background)
+        self.background = threading.Thread(target=self.follow, args=words, daemon=True)
         self.background.start()
 
-    def follow(self, directory: Path) -> None:
-        """Checksums of this rank's files; on rank 0 also what is no longer needed goes."""
+    def follow(self, directory: Path, earlier: threading.Thread | None) -> None:
+        """Checksums of this rank's files; on rank 0 also what is no longer needed goes.
+
+        The earlier save's come first: nobody else waits for them, neither training nor the next save.
+        """
+        if earlier:
+            earlier.join()
         rank = torch.distributed.get_rank()
         try:
             names = written_by(directory, rank)
