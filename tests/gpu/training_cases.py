@@ -1,7 +1,12 @@
 """The cases of benchmark_training.py: shapes of published Qwens, and how they are trained."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 
 COMMON: dict[str, Any] = {
     "vocab_size": 151936,
@@ -206,6 +211,21 @@ def qwen_30b(options: dict[str, Any], iterations: int = 6) -> Case:
     )
 
 
+def shipped(experiment: str, shape: str, layers: int) -> Case:
+    """What config/experiments trains, on one GPU, with as many layers as fit it."""
+    train = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["train"]
+    one_gpu = {name: value for name, value in train.items() if name not in NOT_ON_ONE_GPU}
+    micro = one_gpu.pop("micro_batch_size")
+    options = {**one_gpu, "eval_iters": 0}
+    return Case(
+        shape=shape, layers=layers, micro=micro, accumulate=16, iterations=5, options=options
+    )
+
+
+NOT_ON_ONE_GPU = {
+    *("tensor_model_parallel_size", "sequence_parallel", "expert_model_parallel_size"),
+    *("global_batch_size", "train_iters", "save_interval", "eval_interval", "lr_warmup_iters"),
+}
 SMALL_ONE = {"shape": "qwen2.5-1.5b", "micro": 4}
 CASES: dict[str, Case] = {
     "1.5b": Case(**SMALL_ONE, accumulate=16, iterations=6, profiled=True),
@@ -248,6 +268,8 @@ CASES: dict[str, Case] = {
     "30b-a3b": qwen_30b({}),
     "30b-a3b-gc": qwen_30b({"manual_gc": True}),  # Python collects no garbage by itself
     "30b-a3b-graphs": qwen_30b({**GRAPHS, **BEFORE_EXPERTS}, iterations=7),
+    "8b-shipped": shipped("qwen3-8b", "qwen3-8b", layers=8),
+    "30b-a3b-shipped": shipped("qwen3-30b-a3b", "qwen3-30b-a3b", layers=4),
     "7b-whole": Case(  # the largest that trains on 80 GB without offloading
         shape="qwen2.5-7b",
         micro=1,

@@ -27,6 +27,7 @@ from megaqwen.config.megatron_options import (
 )
 from megaqwen.config.reading import read_yaml
 from megaqwen.sources.tiny_shapes import tiny_hf_config
+from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "config/config.yaml"
@@ -482,6 +483,11 @@ def test_the_experiments_are_what_their_names_say() -> None:
     assert configs["data-parallel"].model == default.model
     assert check_model_fits(configs["data-parallel"], tiny_hf_config("qwen3"), 2) == []
     assert [corpus.source for corpus in configs["files"].data.corpora] == ["files", "files"]
+    for model in PUBLISHED:
+        if config := configs.get(model.name.lower()):  # on a node of 8 GPUs
+            names.add(model.name.lower())
+            assert check_model_fits(config, model.config, 8) == []
+    assert {"qwen3-8b", "qwen3-30b-a3b"} <= names
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ STAGES = {
     "report": {*UNTIL_GATE, "parity_convert", "train", "export", "parity_export", "report"},
 }
 EXPERIMENTS = sorted((ROOT / "config" / "experiments").glob("*.yaml"))
-FOR_CLUSTERS = ("cluster", "hub", "files")
+FOR_CLUSTERS = ("cluster", "hub", "files", "qwen3-8b", "qwen3-30b-a3b")
 HEAVY = ("torch", "transformers", "megatron", "huggingface_hub")
 PAIRS = 7
 BOUND = 1.5  # times the dry run of a workflow of one rule
