@@ -9,6 +9,7 @@ and held-out documents layer by layer, in float32, and are compared at every poi
 and both tell their losses over held-out samples, after an export those whose loss training logged.
 A layer at a time is in memory. Before that, Megatron computes logits, gradients and steps of the
 optimizer over the ranks of training's layout: where that takes several, scripts/launch.py starts them.
+All of it is on CPUs; where there is a GPU, it computes logits in training's bfloat16 or FP8 besides.
 The gates and their thresholds: scripts/megaqwen/parity/README.md.
 
 When one fails, the first point where the models part is named, a table by layer goes to the log
@@ -27,6 +28,7 @@ from typing import Any
 from megaqwen.config import load_config
 from megaqwen.config.rank_options import check_ranks
 from megaqwen.console import run_command, stage_parser
+from megaqwen.environment import surroundings
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file, write_json
@@ -38,6 +40,7 @@ logger = logging.getLogger("megaqwen.parity")
 
 def parity(arguments: argparse.Namespace) -> None:
     """Run the gates, and write the verdict where all of them passed."""
+    outside = surroundings()
     config = load_config(arguments.config)
     record = StageRecord(
         f"parity_{arguments.crossing}", Layout(config=config).stage_config("parity")
@@ -56,7 +59,8 @@ def parity(arguments: argparse.Namespace) -> None:
         return
     check_ranks(config.train, rank.world_size)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is not asked.
+    # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is asked for training's
+    # dtype alone, by a process of its own.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megaqwen.training import cpu_emulation
 
@@ -77,6 +81,7 @@ def parity(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         config=config,
         rounded=arguments.crossing == "export",
+        outside=outside,
     )
     if found is None:
         return  # the last rank has what this one computed, and goes on alone

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -14,6 +15,24 @@ def has_gpu() -> bool:
     """Whether torch would find a GPU on this machine, without importing it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible != "" and Path("/proc/driver/nvidia/version").exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """A process's environment, and whether a GPU is there for it."""
+
+    variables: dict[str, str]
+    no_gpu: str
+    """Why there is none, in words; empty where there is one."""
+
+
+def surroundings() -> Surroundings:
+    """This process's, before it hides the GPUs from itself."""
+    no_gpu = "" if has_gpu() else "this machine has no GPU that may be used"
+    # Where Slurm does not keep a job from GPUs of others, a job that asked for none would take one.
+    if "SLURM_JOB_ID" in os.environ and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        no_gpu = "this Slurm job has no GPU"
+    return Surroundings(variables=dict(os.environ), no_gpu=no_gpu)
 
 
 def use_huge_pages() -> None:

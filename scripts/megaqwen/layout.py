@@ -22,7 +22,7 @@ RECIPE = {
     "convert": 2,
     "preprocess": 2,
     "gate": 3,
-    "parity": 5,
+    "parity": 6,
     "train": 2,
     "export": 1,
     "report": 3,

@@ -93,7 +93,7 @@ def main() -> None:
 
 def remember_reference() -> None:
     """Compute transformers' side once for all mistakes of a job: their batches are the same."""
-    from megaqwen.parity import rank_gates, reference
+    from megaqwen.parity import dtype_gates, rank_gates, reference
 
     def once(function: Any) -> Any:
         remembered: dict[Any, Any] = {}
@@ -108,7 +108,10 @@ def remember_reference() -> None:
         return found
 
     for name in ("outputs_of", "gradients_of", "train_plainly"):
-        setattr(rank_gates, name, once(getattr(reference, name)))
+        remembered = once(getattr(reference, name))
+        for module in (rank_gates, dtype_gates):
+            if hasattr(module, name):
+                setattr(module, name, remembered)
 
 
 def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]] | None:

@@ -42,8 +42,8 @@ def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:
     from transformers import AutoTokenizer
 
     from megaqwen.parity.batches import make_batches
+    from megaqwen.parity.dtype_gates import error_ratio, mean_and_least
     from megaqwen.parity.megatron import recorded_options
-    from megaqwen.parity.rank_gates import error_ratio, mean_and_least
     from megaqwen.parity.ranked_model import model_options, ranked_model
     from megaqwen.parity.reference import outputs_of
     from megaqwen.training.arguments import GPU_OPTIONS

@@ -10,10 +10,11 @@ import torch
 from megaqwen.config.rank_options import check_ranks, deciding, number_format, ranks_of_layout
 from megaqwen.errors import InputError
 from megaqwen.parity.batches import make_batches
+from megaqwen.parity.dtype_gates import error_ratio, mean_and_least
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.localization import likely_cause
 from megaqwen.parity.machine import free_memory
-from megaqwen.parity.rank_gates import error_ratio, losses_gate, mean_and_least
+from megaqwen.parity.rank_gates import losses_gate
 from megaqwen.parity.ranked_model import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of
 from megaqwen.parity.tensor_error import first_on_the_way_back, tensor_error, worst_of

@@ -27,6 +27,30 @@ PARALLEL = (
 )
 LAYOUT = (*PARALLEL, "moe_token_dispatcher_type", "use_distributed_optimizer")
 DTYPE = ("bf16", "fp16", "fp8", "fp8_recipe", "fp4")
+# How a GPU computes a forward pass, beside the dtype; the local layers of a CPU know none of it.
+ON_GPU = (
+    "attention_backend",
+    "attention_softmax_in_fp32",
+    "apply_rope_fusion",
+    "bias_swiglu_fusion",
+    "first_last_layers_bf16",
+    "fp32_residual_connection",
+    "fp8_amax_compute_algo",
+    "fp8_amax_history_len",
+    "fp8_margin",
+    "fp8_output_proj",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_dtype",
+    "moe_router_fusion",
+    "moe_router_padding_for_fp8",
+    "moe_router_padding_for_quantization",
+    "num_layers_at_end_in_bf16",
+    "num_layers_at_start_in_bf16",
+    "te_precision_config_file",
+    "use_te_activation_func",
+    "use_transformer_engine_op_fuser",
+)
 OPTIMIZER = (
     "optimizer",
     "adam_beta1",
@@ -58,7 +82,7 @@ def taken(train: Mapping[str, Any], *names: tuple[str, ...]) -> dict[str, Any]:
 
 def deciding(train: Mapping[str, Any]) -> dict[str, Any]:
     """Those that decide the verdict before training: another learning rate asks for no other."""
-    return taken(train, LAYOUT, DTYPE, OPTIMIZER)
+    return taken(train, LAYOUT, DTYPE, ON_GPU, OPTIMIZER)
 
 
 def ranks_of_layout(train: Mapping[str, Any]) -> int:

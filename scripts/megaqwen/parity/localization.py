@@ -20,6 +20,8 @@ BY_RANKS = {
     "copies": "a gradient that is not summed over the ranks that have copies of the tensor",
     "dtype": "a step that transformers does in float32 and Megatron in training's dtype: softmax, a norm,"
     " rotary embeddings or the router",
+    "gpu": "what Transformer Engine computes otherwise than Megatron's local layers: a fused kernel, the"
+    " attention backend, or the FP8 recipe",
     "trajectory": "the optimizer: its betas or epsilon, what the weight decay leaves out, clipping, or"
     " the schedule of the learning rate",
     "losses": "the optimizer or the schedule of the learning rate",

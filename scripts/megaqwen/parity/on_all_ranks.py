@@ -1,6 +1,7 @@
 """The gates that take ranks: training's layout, its dtype, its gradients and steps of its optimizer.
 
-All ranks measure Megatron's side in one start; the last one then holds it against transformers' model.
+All ranks measure Megatron's side in one start; the last one then adds what a GPU computes, if there is
+one, and holds all of it against transformers' model.
 """
 
 import logging
@@ -41,15 +42,17 @@ from megaqwen.provenance import peak_memory_bytes
 logger = logging.getLogger("megaqwen.parity")
 
 LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
+GPU_GATE = "gpu"
 ONE_RANK = "one tensor parallel rank"
-BYTES = {LAYOUT_GATE: 12, DTYPE_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64}
+BYTES = {LAYOUT_GATE: 12, DTYPE_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64, GPU_GATE: 0}
 """Of memory for each parameter: Megatron's weights, gradients and moments, then transformers' in
 float64 and float32."""
-PASSES = {LAYOUT_GATE: 4, DTYPE_GATE: 12, GRADIENTS: 15, TRAJECTORY: 12}
+PASSES = {LAYOUT_GATE: 4, DTYPE_GATE: 12, GRADIENTS: 15, TRAJECTORY: 12, GPU_GATE: 8}
 """What they cost in forward passes of float32 over TRAINED_TOKENS; a trajectory, for each step.
 
 Forward and backward are 3, and float64 counts twice: gradients are Megatron's under training's layout and
-on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKENS, in three models.
+on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKENS, in three models, of
+which the third may be on a GPU.
 """
 FREE_SHARE = 0.7
 """Of the memory that is free, what the gates may take."""
@@ -77,6 +80,10 @@ class FromRanks:
     """[sequences, positions + 1] tokens, more and shorter sequences, of the comparison in `dtype`."""
     outputs_in_dtype: list[Tensor] | None = None
     """Of `sampled`, likewise."""
+    computes_in: str = ""
+    """The dtype with the recipe of FP8, as THRESHOLDS in gpu.py has it."""
+    outputs_on_gpu: list[Tensor] | None = None
+    """Of `sampled`, likewise, by Transformer Engine on a GPU."""
     gradients: dict[str, Gathered] = field(default_factory=dict)
     """Of the first batch, by layout."""
     recipe: Recipe | None = None
@@ -144,7 +151,7 @@ def measure_on_ranks(
         seconds["ranks"] = time.perf_counter() - started
     started = time.perf_counter()
     if DTYPE_GATE not in reasons:
-        found |= in_training_dtype(model_of, train, sampled)
+        found["outputs_in_dtype"] = in_training_dtype(model_of, train, sampled)
         seconds["ranks in dtype"] = time.perf_counter() - started
     peaks = to_last_rank(peak_memory_bytes())
     if peaks is None:
@@ -155,6 +162,7 @@ def measure_on_ranks(
         dtype=dtype,
         padding=-vocabulary % train.get("tensor_model_parallel_size", 1),
         batches=batches,
+        sampled=sampled,
         recipe=recipe if isinstance(recipe, Recipe) else None,
         unmeasured=reasons,
         seconds=seconds,
@@ -204,11 +212,10 @@ def in_float32(
 
 def in_training_dtype(
     model_of: ModelOf, train: Mapping[str, Any], sampled: Tensor
-) -> dict[str, Any]:
+) -> list[Tensor] | None:
     """Of `FromRanks` the outputs in the dtype that training computes in."""
     with model_of(taken(train, LAYOUT, DTYPE, OPTIMIZER), sampled) as model:
-        outputs = model.forward(sampled, model_of.vocabulary)
-    return {"sampled": sampled, "outputs_in_dtype": outputs}
+        return model.forward(sampled, model_of.vocabulary)
 
 
 def shared(make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -238,13 +245,16 @@ def reasons_not_to(
         elif minutes > config.parity.minutes:
             reasons[gate] = f"it would take {minutes:.2g} minutes, more than parity.minutes"
     if LAYOUT_GATE in reasons:  # whose model the others need as well
-        reasons = dict.fromkeys(BYTES, reasons[LAYOUT_GATE]) | reasons
+        on_cpu = [gate for gate in BYTES if gate != GPU_GATE]
+        reasons = dict.fromkeys(on_cpu, reasons[LAYOUT_GATE]) | reasons
     if dtype in ("fp8", "fp4"):
-        reasons[DTYPE_GATE] = f"{dtype} needs a GPU, and parity runs on CPUs"
+        reasons[DTYPE_GATE] = f"{dtype} needs a GPU, and this gate is measured on CPUs"
     if dtype == "float16":
         reasons[DTYPE_GATE] = "float16 with its loss scale is not among what parity measures"
     if dtype == "float32":
         reasons[DTYPE_GATE] = "training is in float32, which the other gates measure"
+    if dtype in ("float16", "float32"):
+        reasons.pop(GPU_GATE, None)  # neither has such a gate
     if not config.parity.gradients:
         reasons[GRADIENTS] = "parity.gradients is false"
     if not with_steps:

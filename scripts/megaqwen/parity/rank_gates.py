@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaqwen.parity.comparing import PointError, nan_is_worst, point_error, relative
+from megaqwen.parity.comparing import PointError, nan_is_worst, point_error
+from megaqwen.parity.dtype_gates import hold_dtypes
 from megaqwen.parity.gates import Gate, layers_gate
 from megaqwen.parity.gathering import Gathered
-from megaqwen.parity.on_all_ranks import DTYPE_GATE, GRADIENTS, LAYOUT_GATE, TRAJECTORY, FromRanks
+from megaqwen.parity.on_all_ranks import GRADIENTS, LAYOUT_GATE, TRAJECTORY, FromRanks
 from megaqwen.parity.reference import (
     Sequences,
     Tensors,
@@ -28,7 +29,6 @@ from megaqwen.parity.tensor_error import (
 from megaqwen.weights import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer
 
-DTYPE_THRESHOLD = 1.1
 GRADIENT_THRESHOLD = 10.0
 TRAJECTORY_THRESHOLD = 10.0
 LOSSES_NULLS = 4.0
@@ -43,8 +43,8 @@ class RankGates:
     gates: list[Gate] = field(default_factory=list)
     points: list[PointError] = field(default_factory=list)
     """Under training's layout: what each layer puts out, and the logits."""
-    dtype_ratios: list[float] = field(default_factory=list)
-    """Of each sequence, Megatron's error in units of transformers' own, in training's dtype."""
+    dtype_ratios: dict[str, list[float]] = field(default_factory=dict)
+    """By gate, of each sequence: Megatron's error in training's dtype in units of transformers' own."""
     gradients: dict[str, list[TensorError]] = field(default_factory=dict)
     """By layout."""
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -91,7 +91,8 @@ def hold_against(
     """
     held = RankGates(ranks=ranks)
     hold_layout(held, weights)
-    hold_dtype(held, weights)
+    gates, held.dtype_ratios = hold_dtypes(ranks, weights)
+    held.gates += gates
     hold_gradients(held, directory, transfers)
     hold_steps(held, directory, weights, transfers)
     if ranks.gradients or ranks.steps:
@@ -141,55 +142,6 @@ def compare_outputs(
         point_error(*point, names, *three)
         for point, *three in zip(points, exact, reference, map(list, other), strict=True)
     ]
-
-
-def hold_dtype(held: RankGates, weights: HuggingFaceWeights) -> None:
-    """The gate on training's dtype: no worse than transformers in the same dtype.
-
-    Which of the two is nearer to float32 at a position is chance, and how often differs from text to
-    text: of each sequence the median position counts, and of all sequences the mean (of logarithms),
-    less twice its standard error. A router that chooses another expert because of a rounding, as either
-    model's does, is then one position among many.
-    """
-    ranks = held.ranks
-    if ranks.sampled is None or ranks.outputs_in_dtype is None:
-        return
-    exact = outputs_of(weights, torch.float32, ranks.sampled)
-    own = outputs_of(weights, getattr(torch, ranks.dtype), ranks.sampled)
-    ratios = [
-        [error_ratio(*three) for three in zip(*point, strict=True)]
-        for point in zip(exact, own, ranks.outputs_in_dtype, strict=True)
-    ]
-    beyond = [not mean_and_least(each)[1] <= DTYPE_THRESHOLD for each in ratios[:-1]]
-    first = f"layer {beyond.index(True)}" if any(beyond) else "the head"
-    held.dtype_ratios = ratios[-1]
-    ratio, least = mean_and_least(held.dtype_ratios)
-    held.gates.append(
-        Gate(
-            name=DTYPE_GATE,
-            statistic=f"error of the logits in {ranks.dtype} against float32 in units of"
-            " transformers' own, less what may be chance",
-            value=least,
-            threshold=DTYPE_THRESHOLD,
-            detail=f"{ratio:.3g} times over {len(held.dtype_ratios)} sequences, chance included;"
-            f" the first beyond it: {first}",
-        )
-    )
-
-
-def error_ratio(exact: Tensor, reference: Tensor, other: Tensor) -> float:
-    """How many times the error of `reference` that of `other` is, at the median position.
-
-    All three are [positions, width].
-    """
-    return float((relative(other, exact) / relative(reference, exact)).median())
-
-
-def mean_and_least(ratios: Sequence[float]) -> tuple[float, float]:
-    """The geometric mean, and what is left of it two standard errors below."""
-    logarithms = torch.tensor(ratios, dtype=torch.float64).log()
-    mean, error = logarithms.mean(), logarithms.std() / len(ratios) ** 0.5
-    return float(mean.exp()), float((mean - 2 * error).exp())
 
 
 def hold_gradients(held: RankGates, directory: Path, transfers: Sequence[Transfer]) -> None:

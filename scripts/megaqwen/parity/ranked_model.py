@@ -88,7 +88,8 @@ class RankedModel:
                     for parameter in chunk.parameters():
                         parameter.copy_(parameter.to(rounded_to))
         self.config = get_model_config(self.model[0])
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        if self.optimizer is not None:  # with skip_train there is none
+            self.config.grad_scale_func = self.optimizer.scale_loss
         if self.config.finalize_model_grads_func is None:
             self.config.finalize_model_grads_func = finalize_model_grads
         self.run_micro_batches = get_forward_backward_func()
@@ -131,18 +132,12 @@ class RankedModel:
         for chunk in self.model:
             chunk.eval()
 
-        def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
-            read = micro_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
-            output = model(read.get("tokens"), read.get("position_ids"), None)
-
-            def whole(output: Tensor, non_loss_data: bool = True) -> Tensor:
-                full: Tensor = gather_from_tensor_model_parallel_region(output)
-                return full[..., :vocabulary].float().cpu()
-
-            return output, whole
+        def whole(output: Tensor, non_loss_data: bool = True) -> Tensor:
+            full: Tensor = gather_from_tensor_model_parallel_region(output)
+            return full[..., :vocabulary].float().cpu()
 
         with torch.no_grad(), self.layer_outputs() as points:
-            logits = self.run(step, batch, forward_only=True, collect_non_loss_data=True)
+            logits = self.collect(whole, batch)
         for chunk in self.model:
             chunk.train()
         if mpu.is_pipeline_last_stage():
@@ -152,6 +147,19 @@ class RankedModel:
         if found is None:
             return None
         return [in_order(found, point) for point in range(self.config.num_layers + 1)]
+
+    def collect(self, keep: Callable[..., Any], batch: Tensor) -> Any:
+        """What `keep` makes of the logits of each micro batch, on the last pipeline stage."""
+
+        def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+            read = micro_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+            return model(read.get("tokens"), read.get("position_ids"), None), keep
+
+        return self.run(step, batch, forward_only=True, collect_non_loss_data=True)
+
+    def look_at(self, batch: Tensor) -> None:
+        """A forward pass as in training, by which FP8's delayed scaling learns how large things are."""
+        self.collect(lambda output, non_loss_data=True: None, batch)
 
     @contextmanager
     def layer_outputs(self) -> Iterator[dict[int, list[Tensor]]]:

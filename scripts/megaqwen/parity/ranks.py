@@ -4,21 +4,38 @@ Call `cpu_emulation.install` before this is imported.
 """
 
 import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
 from megaqwen.config import Config
+from megaqwen.environment import Surroundings
+from megaqwen.parity.gpu import (
+    THRESHOLDS,
+    computes_in,
+    forward_elsewhere,
+    forward_options,
+)
 from megaqwen.parity.megatron import recorded_options
-from megaqwen.parity.on_all_ranks import FromRanks, measure_on_ranks
+from megaqwen.parity.on_all_ranks import GPU_GATE, FromRanks, ModelOf, measure_on_ranks
 from megaqwen.parity.texts import tokenized_texts
 from megaqwen.training.ranks import rank_from_environment
 from megaqwen.weights.bridge import checked_model
 
 
 def over_ranks(
-    *, model: Path, checkpoint: Path, data: Path, config: Config, rounded: bool
+    *,
+    model: Path,
+    checkpoint: Path,
+    data: Path,
+    config: Config,
+    rounded: bool,
+    outside: Surroundings,
 ) -> FromRanks | None:
     """What Megatron computes over the ranks of this job, on the last of them; elsewhere None.
 
@@ -28,9 +45,11 @@ def over_ranks(
         data: Preprocess's directory.
         config: The run's.
         rounded: The model was exported from the checkpoint, so that its dtypes may be narrower.
+        outside: What this process had before it hid the GPUs.
 
     Raises:
-        InputError: The model's files are not what its config.json says, or the checkpoint's are not.
+        InputError: The model's files are not what its config.json says, or the checkpoint's are
+            not; or a GPU is there and the forward pass on it fails.
     """
     weights, _ = checked_model(model)
     described = megatron_options(weights.config)
@@ -42,20 +61,64 @@ def over_ranks(
         int(str(config.train["seq_length"])),
     )
     stored = set(weights.dtypes.values()) if rounded else set()
+    rounded_to = stored.pop() if len(stored) == 1 else None
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
     join()
     found = measure_on_ranks(
         config=config,
         checkpoint=checkpoint,
         architecture=recorded,
         vocabulary=weights.config["vocab_size"],
-        parameters=sum(torch.Size(shape).numel() for shape in shapes),
+        parameters=parameters,
         texts=lambda: list(tokenized_texts(model, data, config, limit, limit).values()),
         positions=limit,
-        rounded_to=stored.pop() if len(stored) == 1 else None,
+        rounded_to=rounded_to,
         with_steps=not rounded,
     )
     leave()
-    return found
+    if found is None:
+        return None
+    model_of = ModelOf(
+        architecture=recorded,
+        checkpoint=checkpoint,
+        vocabulary=weights.config["vocab_size"],
+        rounded_to=rounded_to,
+    )
+    return with_gpu(found, dict(config.train), model_of, parameters, outside)
+
+
+def with_gpu(
+    found: FromRanks,
+    train: Mapping[str, Any],
+    model: ModelOf,
+    parameters: int,
+    outside: Surroundings,
+) -> FromRanks:
+    """With what a GPU computes in training's dtype, or with the reason why none was asked."""
+    dtype = computes_in(train)
+    if dtype is None or GPU_GATE in found.unmeasured or found.sampled is None:
+        return found
+    started = time.perf_counter()
+    outputs: list[torch.Tensor] | str
+    if dtype not in THRESHOLDS:
+        outputs = f"what {dtype} does to a healthy model is not known here"
+    elif outside.no_gpu:
+        outputs = outside.no_gpu
+    else:
+        outputs = forward_elsewhere(
+            forward_options(
+                train, model.architecture, model.checkpoint, model.vocabulary, found.sampled
+            ),
+            found.sampled,
+            vocabulary=model.vocabulary,
+            parameters=parameters,
+            rounded_to=model.rounded_to,
+            variables=outside.variables,
+        )
+    if isinstance(outputs, str):
+        return replace(found, unmeasured=found.unmeasured | {GPU_GATE: outputs})
+    seconds = found.seconds | {"gpu": time.perf_counter() - started}
+    return replace(found, outputs_on_gpu=outputs, computes_in=dtype, seconds=seconds)
 
 
 def join() -> None:

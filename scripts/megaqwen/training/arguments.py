@@ -74,12 +74,6 @@ def training_options(
         "eval_interval": chosen["train_iters"],
         **architecture,
         **(gpu_options(chosen, architecture) if gpu else cpu_options(chosen)),
-        # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
-        **(
-            {"apply_rope_fusion": False}
-            if architecture["position_embedding_type"] == "yarn"
-            else {}
-        ),
         **chosen,
         **managed,
     }
@@ -99,6 +93,9 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
     if chosen.get("async_save"):
         # Without a worker Megatron would save in step; its other strategy is a package of its own.
         options |= {"use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
+    if architecture.get("position_embedding_type") == "yarn":
+        # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
+        options["apply_rope_fusion"] = False
     if not (
         chosen.get("tensor_model_parallel_size", 1) > 1
         or "num_experts" in architecture

@@ -1,0 +1,104 @@
+"""The gates on training's dtype: Megatron's error in it, in units of transformers' own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megaqwen.parity.comparing import relative
+from megaqwen.parity.gates import Gate
+from megaqwen.parity.gpu import THRESHOLDS
+from megaqwen.parity.on_all_ranks import DTYPE_GATE, GPU_GATE, FromRanks
+from megaqwen.parity.reference import Sequences, outputs_of
+from megaqwen.weights import HuggingFaceWeights
+
+DTYPE_THRESHOLD = THRESHOLDS["bfloat16"]
+
+
+def hold_dtypes(
+    ranks: FromRanks, weights: HuggingFaceWeights
+) -> tuple[list[Gate], dict[str, list[float]]]:
+    """The gates on what ranks computed in training's dtype on CPUs, and on what a GPU did.
+
+    No worse than transformers in the same dtype; in FP8, which it has not, by no more than FP8 adds to
+    its bfloat16 in a healthy model.
+
+    Returns:
+        The gates, and by gate the ratio of each sequence.
+    """
+    measured = {DTYPE_GATE: ranks.outputs_in_dtype, GPU_GATE: ranks.outputs_on_gpu}
+    if ranks.sampled is None or not any(measured.values()):
+        return [], {}
+    exact, own = (
+        outputs_of(weights, dtype, ranks.sampled) for dtype in (torch.float32, torch.bfloat16)
+    )
+    gates, by_gate = [], {}
+    for name, outputs in measured.items():
+        if outputs is None:
+            continue
+        gpu = name == GPU_GATE
+        dtype = ranks.computes_in if gpu else ranks.dtype
+        threshold = THRESHOLDS[dtype]
+        gate, by_gate[name] = hold_dtype(
+            name, f"{dtype} on a GPU" if gpu else dtype, threshold, exact, own, outputs
+        )
+        gates.append(gate)
+    return gates, by_gate
+
+
+def hold_dtype(
+    name: str,
+    dtype: str,
+    threshold: float,
+    exact: Sequence[Sequences],
+    own: Sequence[Sequences],
+    outputs: Sequence[Tensor],
+) -> tuple[Gate, list[float]]:
+    """One of them, and the ratio of each sequence.
+
+    Which of the two models is nearer to float32 at a position is chance, and how often differs from text
+    to text: of each sequence the median position counts, and of all sequences the mean (of logarithms),
+    less twice its standard error. A router that chooses another expert because of a rounding, as either
+    model's does, is then one position among many.
+
+    Args:
+        name: The gate's.
+        dtype: What Megatron computed in, in words.
+        threshold: The most that the ratio may be.
+        exact: transformers' in float32, of each layer and then of the logits.
+        own: The same in bfloat16.
+        outputs: Megatron's, likewise.
+    """
+    ratios = [
+        [error_ratio(*three) for three in zip(*point, strict=True)]
+        for point in zip(exact, own, outputs, strict=True)
+    ]
+    beyond = [not mean_and_least(each)[1] <= threshold for each in ratios[:-1]]
+    first = f"layer {beyond.index(True)}" if any(beyond) else "the head"
+    ratio, least = mean_and_least(ratios[-1])
+    unit = "" if dtype.startswith("bfloat16") else " in bfloat16"
+    gate = Gate(
+        name=name,
+        statistic=f"error of the logits in {dtype} against float32 in units of transformers' own"
+        f"{unit}, less what may be chance",
+        value=least,
+        threshold=threshold,
+        detail=f"{ratio:.3g} times over {len(ratios[-1])} sequences, chance included;"
+        f" the first beyond it: {first}",
+    )
+    return gate, ratios[-1]
+
+
+def error_ratio(exact: Tensor, reference: Tensor, other: Tensor) -> float:
+    """How many times the error of `reference` that of `other` is, at the median position.
+
+    All three are [positions, width].
+    """
+    return float((relative(other, exact) / relative(reference, exact)).median())
+
+
+def mean_and_least(ratios: Sequence[float]) -> tuple[float, float]:
+    """The geometric mean, and what is left of it two standard errors below."""
+    logarithms = torch.tensor(ratios, dtype=torch.float64).log()
+    mean, error = logarithms.mean(), logarithms.std() / len(ratios) ** 0.5
+    return float(mean.exp()), float((mean - 2 * error).exp())
