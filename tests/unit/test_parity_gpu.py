@@ -1,0 +1,133 @@
+"""The gate on what a GPU computes in training's dtype: what is asked of it, and what is not and why."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaqwen.environment import Surroundings, surroundings
+from megaqwen.parity.dtype_gates import hold_dtype, hold_dtypes
+from megaqwen.parity.gpu import THRESHOLDS, computes_in, forward_options
+from megaqwen.parity.on_all_ranks import FromRanks, ModelOf
+from megaqwen.parity.ranks import with_gpu
+
+FP8 = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}
+DELAYED = {"bf16": True, "fp8": "hybrid"}
+BATCH = torch.zeros(16, 33, dtype=torch.int64)
+MODEL = ModelOf(architecture={}, checkpoint=Path("none"), vocabulary=10, rounded_to=None)
+RANKS = FromRanks(ranks=1, layout={}, dtype="bfloat16", padding=0, batches=[BATCH], sampled=BATCH)
+
+
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ({}, None),
+        ({"fp16": True}, None),
+        ({"bf16": True}, "bfloat16"),
+        (FP8, "fp8 blockwise"),
+        (DELAYED, "fp8 delayed"),
+        ({"bf16": True, "fp4": "e2m1"}, "fp4 nvfp4"),
+    ],
+)
+def test_what_training_computes_in(train: dict[str, Any], name: str | None) -> None:
+    assert computes_in(train) == name
+
+
+@pytest.mark.parametrize(
+    ("train", "no_gpu", "reason"),
+    [
+        ({}, "", None),
+        ({"bf16": True}, "this machine has no GPU", "this machine has no GPU"),
+        (FP8, "this Slurm job has no GPU", "this Slurm job has no GPU"),
+        (DELAYED, "", "what fp8 delayed does to a healthy model is not known here"),
+    ],
+)
+def test_what_is_not_measured_and_why(
+    train: dict[str, Any], no_gpu: str, reason: str | None
+) -> None:
+    outside = Surroundings(variables={}, no_gpu=no_gpu)
+    found = with_gpu(RANKS, train, MODEL, 100, outside)
+    assert found.unmeasured == ({"gpu": reason} if reason else {})
+    assert found.outputs_on_gpu is None
+    late = replace(RANKS, unmeasured={"gpu": "it would take 9 minutes"})
+    assert with_gpu(late, train, MODEL, 100, outside).unmeasured == late.unmeasured
+
+
+def test_a_job_of_slurms_takes_no_gpu_that_it_was_not_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert surroundings().no_gpu == "this Slurm job has no GPU"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = surroundings()
+    assert found.no_gpu == "this machine has no GPU that may be used"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert found.variables["CUDA_VISIBLE_DEVICES"] == ""  # as it was
+
+
+def test_the_gpu_is_asked_for_trainings_own_forward_pass() -> None:
+    train = {
+        **FP8,
+        "async_save": True,
+        "tensor_model_parallel_size": 1,
+        "moe_token_dispatcher_type": "flex",
+        "use_distributed_optimizer": True,
+        "num_layers_at_start_in_bf16": 2,
+    }
+    dense = {"position_embedding_type": "yarn"}
+    found = forward_options(train, dense, Path("there"), 250, BATCH)
+    assert (
+        found.items()
+        >= {
+            **FP8,
+            "num_layers_at_start_in_bf16": 2,
+            "transformer_impl": "transformer_engine",
+            "use_transformer_engine_op_fuser": True,
+            "apply_rope_fusion": False,
+            "skip_train": True,
+            "seq_length": 32,
+            "global_batch_size": 16,
+            "padded_vocab_size": 250,
+        }.items()
+    )
+    others = {"async_save", "use_distributed_optimizer", "moe_token_dispatcher_type"}
+    assert not others & found.keys()
+    experts = forward_options(
+        {**train, "moe_token_dispatcher_type": "alltoall"}, {"num_experts": 4}, Path(), 250, BATCH
+    )
+    assert experts["moe_token_dispatcher_type"] == "alltoall"
+    assert "use_transformer_engine_op_fuser" not in experts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times", "passes"),
+    [
+        ("bfloat16", 1.05, True),
+        ("bfloat16", 1.2, False),
+        ("fp8 tensorwise", 1.4, True),
+        ("fp8 tensorwise", 1.6, False),
+        ("fp8 blockwise", float("nan"), False),
+    ],
+)
+def test_fp8_has_a_row_of_its_own(dtype: str, times: float, passes: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    exact = [torch.randn(9, 50, generator=generator) for _ in range(16)]
+    error = [0.01 * torch.randn(9, 50, generator=generator) for _ in exact]
+    own = [e + d for e, d in zip(exact, error, strict=True)]
+    other = torch.stack([e + times * d for e, d in zip(exact, error, strict=True)])
+    gate, ratios = hold_dtype(
+        "gpu", dtype, THRESHOLDS[dtype], [exact, exact], [own, own], [other, other]
+    )
+    assert gate.passed == passes and gate.threshold == (1.1 if dtype == "bfloat16" else 1.5)
+    assert len(ratios) == 16
+    assert ("own in bfloat16" in gate.statistic) == (dtype != "bfloat16")
+    assert passes or "the first beyond it: layer 0" in gate.detail
+
+
+def test_what_was_not_computed_is_no_gate() -> None:
+    weights: Any = None
+    assert hold_dtypes(RANKS, weights) == ([], {})
