@@ -96,9 +96,8 @@ def test_the_gpu_is_asked_for_trainings_own_forward_pass() -> None:
     )
     others = {"async_save", "use_distributed_optimizer", "moe_token_dispatcher_type"}
     assert not others & found.keys()
-    experts = forward_options(
-        {**train, "moe_token_dispatcher_type": "alltoall"}, {"num_experts": 4}, Path(), 250, BATCH
-    )
+    train["moe_token_dispatcher_type"] = "alltoall"
+    experts = forward_options(train, {"num_experts": 4}, Path("there"), 250, BATCH)
     assert experts["moe_token_dispatcher_type"] == "alltoall"
     assert "use_transformer_engine_op_fuser" not in experts
 
