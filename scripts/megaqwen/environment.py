@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+
 
 def put_this_python_first() -> None:
     """Let `python` in a shell command be this one, unless --sdm conda puts another before it."""
@@ -14,7 +16,8 @@ def put_this_python_first() -> None:
 def has_gpu() -> bool:
     """Whether torch would find a GPU on this machine, without importing it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible != "" and Path("/proc/driver/nvidia/version").exists()
+    # The driver's own entry under /proc is not shown by every container; the device is.
+    return visible != "" and any(map(Path.exists, map(Path, DRIVER)))
 
 
 @dataclass(frozen=True, kw_only=True)
