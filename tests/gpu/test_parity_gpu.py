@@ -91,7 +91,7 @@ def start(output: Path, program: str, *words: object) -> Started:
     with open(output.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(
             [sys.executable, ROOT / program, *map(str, words)],
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
