@@ -36,7 +36,7 @@ rule all:
 
 
 onstart:
-    cancel_jobs_when_terminated()
+    watch_slurm_jobs()
     store_resolved_config()
     wait_for_earlier_training()
 

@@ -6,7 +6,7 @@ import time
 from megaqwen.config import load_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
-from megaqwen.config.rank_options import ranks_of_layout
+from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import corpus_files
 from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
@@ -15,7 +15,8 @@ from megaqwen.provenance import check_writable, write_text
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
-from megaqwen.training.attempts import check_retry
+from megaqwen.submitted_jobs import watch_jobs
+from megaqwen.training.attempts import check_retry, check_started
 from megaqwen.training.earlier_job import wait_for_earlier_job
 from megaqwen.training.launch import Allocation
 
@@ -31,6 +32,7 @@ except InputError as error:
 
 SHARDS = LAYOUT.shard_count(planning=workflow.is_main_process)
 STARTED = time.time()
+PLANNED_TRIES = {}  # of training, and how often it had started when each was planned
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
@@ -73,6 +75,22 @@ def parity_ranks(wildcards):
     return ranks_of_layout(CONFIG.train)
 
 
+def parity_nodes(rule):
+    """The nodes over which a parity job's ranks are spread: one, unless the profile has a limit."""
+    most = setting_of(rule, "max_ranks_per_node", 0)
+    return nodes_for(ranks_of_layout(CONFIG.train), most)
+
+
+def parity_ranks_per_node(rule):
+    """Its ranks on each of them."""
+    return ranks_of_layout(CONFIG.train) // parity_nodes(rule)
+
+
+def parity_extra(rule):
+    """sbatch's options for it that Snakemake has no resource for."""
+    return " ".join(Allocation(ranks_per_node=parity_ranks_per_node(rule)).sbatch())
+
+
 def parity_launch(wildcards, resources):
     """What starts them."""
     return f"python {SCRIPTS / 'launch.py'}"
@@ -110,11 +128,16 @@ def model_files(wildcards):
     )
 
 
-def train_setting(name, default):
-    """What the profile, or --set-resources, says of training: a resource's function sees no others."""
-    settings = workflow.resource_settings.overwrite_resources.get("train", {})
+def setting_of(rule, name, default):
+    """What the profile, or --set-resources, says of a rule: a resource's function sees no others."""
+    settings = workflow.resource_settings.overwrite_resources.get(rule, {})
     given = settings[name].raw if name in settings else default
     return given.strip("'\"") if isinstance(given, str) else given
+
+
+def train_setting(name, default):
+    """What they say of training."""
+    return setting_of("train", name, default)
 
 
 def train_retries():
@@ -127,26 +150,21 @@ def ranks_per_node(wildcards):
     """One for each GPU; without GPUs those of one replica of the model, the fewest that can train it."""
     if gpus := train_setting("gpus_per_node", 0):
         return gpus
-    train = CONFIG.train
-    sizes = (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-    )
-    ranks = 1
-    for size in sizes:
-        ranks *= train.get(size, 1)
-    return ranks
+    return ranks_of_replica(CONFIG.train)
 
 
 def try_number(wildcards, attempt):
     """Which of Snakemake's tries of a job this is: retries stop where they get nowhere."""
-    if attempt > 1 and workflow.is_main_process:
-        wait_for_earlier_training()  # first: an attempt that is still at it has not failed
+    if workflow.is_main_process:
+        if attempt > 1:
+            wait_for_earlier_training()  # first: an attempt that is still at it has not failed
         try:
-            check_retry(LAYOUT.checkpoints)
+            check_started(LAYOUT.checkpoints, PLANNED_TRIES, attempt)
+            if attempt > 1:
+                check_retry(LAYOUT.checkpoints)
         except InputError as error:
-            raise WorkflowError(f"train: {error}") from None
+            lines = failed_lines(LOGS, STARTED)
+            raise WorkflowError(f"train: {error}", *lines) from None
     return attempt
 
 
@@ -175,10 +193,12 @@ def slurm_extra(wildcards):
     )
 
 
-def cancel_jobs_when_terminated():
+def watch_slurm_jobs():
     """On a cluster, SIGTERM does as Ctrl-C: Snakemake would wait for its jobs to end, for a day if need be."""
-    if workflow.non_local_exec:
+    executor = workflow.scheduler._executor
+    if hasattr(executor, "run_uuid"):  # the one that submits to Slurm
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        watch_jobs(executor, logger.warning)
 
 
 def store_resolved_config():

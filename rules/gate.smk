@@ -14,10 +14,12 @@ rule parity_gate:
         "../envs/megaqwen.yaml"
     threads: 1
     resources:
-        nodes=1,
-        ranks_per_node=parity_ranks,
+        nodes=parity_nodes("parity_gate"),
+        ranks_per_node=parity_ranks_per_node("parity_gate"),
         tasks=parity_ranks,
+        slurm_extra=parity_extra("parity_gate"),
         launcher="torchrun",
+        environment="",
     params:
         launch=parity_launch,
         command=parity_command,
@@ -30,7 +32,8 @@ rule parity_gate:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --log {log} {params.command} --crossing convert"
+        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict}"

@@ -19,10 +19,12 @@ rule parity_convert:
         "../envs/megaqwen.yaml"
     threads: 1
     resources:
-        nodes=1,
-        ranks_per_node=parity_ranks,
+        nodes=parity_nodes("parity_convert"),
+        ranks_per_node=parity_ranks_per_node("parity_convert"),
         tasks=parity_ranks,
+        slurm_extra=parity_extra("parity_convert"),
         launcher="torchrun",
+        environment="",
     params:
         launch=parity_launch,
         command=parity_command,
@@ -35,7 +37,8 @@ rule parity_convert:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --log {log} {params.command} --crossing convert"
+        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint} --gate {input.gate}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict}"
@@ -56,10 +59,12 @@ rule parity_export:
         "../envs/megaqwen.yaml"
     threads: 1
     resources:
-        nodes=1,
-        ranks_per_node=parity_ranks,
+        nodes=parity_nodes("parity_export"),
+        ranks_per_node=parity_ranks_per_node("parity_export"),
         tasks=parity_ranks,
+        slurm_extra=parity_extra("parity_export"),
         launcher="torchrun",
+        environment="",
     params:
         launch=parity_launch,
         command=parity_command,
@@ -72,7 +77,8 @@ rule parity_export:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --log {log} {params.command} --crossing export"
+        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " {params.command} --crossing export"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
         " --output {output.verdict}"

@@ -31,8 +31,11 @@ def this_job() -> dict[str, Any] | None:
     return {"job_id": job, "node_list": nodes, **accounted([job]).get(job, {})}
 
 
-def is_queued(job: str) -> bool:
-    """Whether squeue has a job that waits, runs or ends; False where it can't be asked."""
+def is_queued(job: str) -> bool | None:
+    """Whether squeue has a job that waits, runs or ends; None where Slurm gives no answer now.
+
+    False where there is no squeue to ask.
+    """
     try:
         done = subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
@@ -40,8 +43,12 @@ def is_queued(job: str) -> bool:
             text=True,
             timeout=SECONDS,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return False
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:  # as of one that ended long ago
+        return None
     return bool(done.stdout.strip())
 
 

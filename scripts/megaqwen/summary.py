@@ -9,6 +9,7 @@ import yaml
 from megaqwen.config import Config
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
+from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM
 
 
 def resolved_yaml(config: Config) -> str:
@@ -87,12 +88,14 @@ def killed_lines(launcher: Path, ranks: list[Path]) -> list[str]:
     Those that were only terminated because another one failed are left out where srun tells.
     """
     said = launcher.read_text(encoding="utf-8", errors="replace").splitlines()[-KILLED_LINES:]
-    words = [line for line in said if line.startswith(("srun: error", "slurmstepd: error"))]
+    words = [line for line in said if SLURM.match(line)]
     lost = [int(number) for line in words for number in SRUN_TASK.findall(line)]
     named = [log for log in ranks if int(RANK_LOG.search(log.name)[1]) in lost]  # type: ignore[index]
     if not words:
         return []
     lines = [f"{launcher.stem} failed: a rank was killed or its node was lost", *words]
+    if any(map(NO_MEMORY.search, words)):
+        lines.append(MORE_MEMORY)
     for log in (named or ranks)[:SHOWN_RANKS]:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-RANK_LINES:]
         lines += [f"the last lines of {log}:", *(f"  {line}" for line in last)]

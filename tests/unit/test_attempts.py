@@ -13,6 +13,7 @@ from megaqwen.training.attempts import (
     Attempt,
     check_progress,
     check_retry,
+    check_started,
     next_attempt,
     read_attempts,
     record_end,
@@ -102,3 +103,15 @@ def test_no_job_is_submitted_where_a_host_failed_twice(tmp_path: Path) -> None:
     failed(tmp_path, 0)
     with pytest.raises(InputError, match="attempts 1, 2 each started after iteration 0"):
         check_retry(tmp_path)
+
+
+def test_jobs_that_leave_no_trace_are_not_tried_for_ever(tmp_path: Path) -> None:
+    planned: dict[int, int] = {}
+    check_started(tmp_path, planned, 1)
+    failed(tmp_path, 0)
+    for number in (2, 3, 4, 4):  # Snakemake asks more than once
+        check_started(tmp_path, planned, number)
+    with pytest.raises(InputError, match="the last 3 jobs ended before their training began"):
+        check_started(tmp_path, planned, 5)
+    failed(tmp_path, 0)
+    check_started(tmp_path, planned, 6)

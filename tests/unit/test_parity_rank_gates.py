@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megaqwen.config.rank_options import check_ranks, deciding, number_format, ranks_of_layout
+from megaqwen.config.rank_options import (
+    check_ranks,
+    deciding,
+    nodes_for,
+    number_format,
+    ranks_of_layout,
+    ranks_of_replica,
+)
 from megaqwen.errors import InputError
 from megaqwen.parity.batches import make_batches
 from megaqwen.parity.dtype_gates import error_ratio, mean_and_least
@@ -50,6 +57,21 @@ def test_the_ranks_of_a_layout(options: dict[str, Any], ranks: int) -> None:
             InputError, match=f"takes {ranks} ranks, and parity runs on 1: start it"
         ):
             check_ranks(options, 1)
+
+
+def test_the_ranks_that_train_a_layout() -> None:
+    layout = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}
+    assert ranks_of_replica(layout) == ranks_of_layout(layout) == 8
+    assert ranks_of_replica({"context_parallel_size": 2}) == 2
+    whole_experts = {**layout, "expert_tensor_parallel_size": 1, "context_parallel_size": 4}
+    assert ranks_of_replica(whole_experts) == 8 and ranks_of_layout(whole_experts) == 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "most", "nodes"), [(8, 0, 1), (8, 8, 1), (8, 3, 4), (6, 4, 2), (9, 4, 3), (7, 4, 7)]
+)
+def test_the_nodes_that_share_ranks_evenly(ranks: int, most: int, nodes: int) -> None:
+    assert nodes_for(ranks, most) == nodes
 
 
 def test_what_decides_the_verdict_before_training() -> None:

@@ -11,6 +11,7 @@ from megaqwen.config import load_config
 from megaqwen.layout import Layout
 from megaqwen.provenance import write_json
 from megaqwen.summary import failed_lines
+from megaqwen.training.logs import MORE_MEMORY, LaunchLog
 
 SRUN = """srun: error: node2: task 1: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=5.0
@@ -77,6 +78,22 @@ def test_no_such_run(results: Path) -> None:
     done = run_script("status.py", "--results", results, "other")
     assert done.returncode == 2
     assert "no run of that name was started" in done.stderr
+
+
+def test_of_a_rank_without_memory_that_is_said(tmp_path: Path) -> None:
+    killed = "slurmstepd-node2: error: StepId=5.0 exceeded memory limit (2 > 1), being killed"
+    (tmp_path / "train.log").write_text("srun: error: node1: task 0: Killed\n")
+    (tmp_path / "train.log.rank0.log").write_text("2026-11-25 10:00:00,000 INFO fine\n")
+    log = LaunchLog(path=tmp_path / "train.log")
+    log.start()
+    with open(log.path, "a") as stream:
+        stream.write(SRUN)
+    assert MORE_MEMORY not in failed_lines(tmp_path, 0)
+    assert log.reason() == SRUN.splitlines()[0]
+    with open(log.path, "a") as stream:
+        stream.write(f"{killed}\n")
+    assert log.reason() == f"{killed} ({MORE_MEMORY})"
+    assert MORE_MEMORY in failed_lines(tmp_path, 0)
 
 
 def test_of_a_rank_that_was_killed_the_last_lines_are_said(tmp_path: Path) -> None:

@@ -132,6 +132,20 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_runs(checkout: Ch
     assert not (checkout.directory / "results").exists()
 
 
+def test_training_has_the_ranks_of_its_experts(checkout: Checkout) -> None:
+    """Without a profile and without GPUs: as many as the layout takes, which parity starts, too."""
+    layout = {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+        "micro_batch_size": 4,
+    }
+    file = overlay(checkout, "experts.yaml", model={"architecture": "qwen3_moe"}, train=layout)
+    done = checkout.snakemake("--cores", "1", "-n", "-p", "train", "--configfile", file)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(" --nodes 1 --ranks-per-node 4 ") == 2  # the gate's and training's
+
+
 ONE_RULE = """
 rule all:
     output:

@@ -5,6 +5,7 @@ from typing import Any
 
 from megaqwen.config.combinations import Found, Train, nearest_multiples
 from megaqwen.config.mistakes import Mistake, listed
+from megaqwen.config.rank_options import ranks_of_copies
 from megaqwen.config.sections import Config
 
 UNEVEN = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -147,7 +148,7 @@ def rank_mistakes(train: Train, world_size: int) -> Iterator[tuple[str, str]]:
         "context": train.get("context_parallel_size", 1),
     }
     tensor, pipeline, context = sizes.values()
-    copy = tensor * pipeline * context
+    copy, expert_copy = ranks_of_copies(train)
     name = max(sizes, key=lambda kind: sizes[kind])
     option = f"{name}_model_parallel_size".replace("context_model", "context")
     product = f"tensor {tensor} x pipeline {pipeline} x context {context} = {copy}"
@@ -155,10 +156,9 @@ def rank_mistakes(train: Train, world_size: int) -> Iterator[tuple[str, str]]:
         text = f"{product} ranks hold one copy of the model, and {world_size} is not a multiple"
         yield option, f"{text}: start {nearest_multiples(world_size, copy)} ranks"
         return
-    expert = train.get("expert_model_parallel_size", 1)
-    expert_copy = train.get("expert_tensor_parallel_size", tensor) * expert * pipeline
     if world_size % expert_copy:
-        expert_tensor = train.get("expert_tensor_parallel_size", tensor)
+        expert = train.get("expert_model_parallel_size", 1)
+        expert_tensor = train.get("expert_tensor_parallel_size") or tensor
         text = (
             f"expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} = {expert_copy}"
         )

@@ -85,16 +85,34 @@ def deciding(train: Mapping[str, Any]) -> dict[str, Any]:
     return taken(train, LAYOUT, DTYPE, ON_GPU, OPTIMIZER)
 
 
+def ranks_of_copies(train: Mapping[str, Any]) -> tuple[int, int]:
+    """The ranks that hold one copy of the model outside its experts, and those that hold all experts."""
+    pipeline: int = train.get("pipeline_model_parallel_size", 1)
+    tensor: int = train.get("tensor_model_parallel_size", 1)
+    context: int = train.get("context_parallel_size", 1)
+    expert: int = train.get("expert_model_parallel_size", 1)
+    expert_tensor: int = train.get("expert_tensor_parallel_size") or tensor
+    return pipeline * tensor * context, pipeline * expert * expert_tensor
+
+
+def ranks_of_replica(train: Mapping[str, Any]) -> int:
+    """The fewest ranks that can train a model: whole copies of it, and of its experts."""
+    return math.lcm(*ranks_of_copies(train))
+
+
 def ranks_of_layout(train: Mapping[str, Any]) -> int:
     """The fewest ranks over which Megatron lays out the model as in training.
 
     Context parallelism, which needs a GPU, and copies of the model count for nothing here.
     """
-    pipeline: int = train.get("pipeline_model_parallel_size", 1)
-    tensor: int = train.get("tensor_model_parallel_size", 1)
-    expert = train.get("expert_model_parallel_size", 1)
-    expert_tensor = train.get("expert_tensor_parallel_size") or tensor
-    return pipeline * math.lcm(tensor, expert * expert_tensor)
+    return ranks_of_replica({**train, "context_parallel_size": 1})
+
+
+def nodes_for(ranks: int, most: int) -> int:
+    """The fewest nodes that share ranks evenly, at most `most` on each; 0: any number on one."""
+    if not most:
+        return 1
+    return next(n for n in range(1, ranks + 1) if ranks % n == 0 and ranks // n <= most)
 
 
 def number_format(train: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ NAME = "attempts.jsonl"
 KILLED = "killed: it left no message"
 ALIKE = 2  # failures from one checkpoint in the same circumstances: the next would fail, too
 ANYWHERE = 3  # on whatever hosts
+WITHOUT_A_TRACE = 3  # jobs that ended before their training began
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,26 @@ def check_retry(directory: Path) -> None:
     alike = len(newest) >= ALIKE and newest[0].same_circumstances(newest[1])
     if alike or len(newest) == ANYWHERE:
         raise no_progress(newest)
+
+
+def check_started(directory: Path, planned: dict[int, int], number: int) -> None:
+    """InputError where no further job should be submitted: the last ones never came to train.
+
+    As on a full disk, on which no attempt can be recorded.
+
+    Args:
+        directory: The checkpoints.
+        planned: How many attempts there were when each of the scheduler's tries was planned, by its
+            number; this one's is added.
+        number: Of this try, from 1.
+    """
+    planned.setdefault(number, len(read_attempts(directory)))
+    earlier = [planned.get(number - back) for back in range(WITHOUT_A_TRACE + 1)]
+    if None not in earlier and len(set(earlier)) == 1:
+        raise InputError(
+            f"the last {WITHOUT_A_TRACE} jobs ended before their training began: not tried again."
+            " Mend what their logs say, and give the command again"
+        )
 
 
 def failed_from(directory: Path, iteration: int) -> list[Attempt]:
