@@ -18,10 +18,10 @@ import psutil
 from megaqwen.training.supervise import PARENT_DEATH_SIGNAL, end_with_parent
 
 HERE = Path(__file__).parent
-NODES = 10
-CPUS = 8
+NODES = 14
+CPUS = 16
 GPUS = 8
-MEMORY = 16000  # MB that a node declares
+MEMORY = 64000  # MB that a node declares
 PACKAGES = "slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux"
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "ip", "unshare", "nsenter")
 START_SECONDS = 300
@@ -31,7 +31,7 @@ def reason_to_skip() -> str | None:
     """Why no cluster is started here; None where one is."""
     if not os.environ.get("SLURM_CLUSTER"):
         return (
-            "SLURM_CLUSTER=1 starts a Slurm cluster of ten nodes for these tests, ten minutes long"
+            f"SLURM_CLUSTER=1 starts a Slurm cluster of {NODES} nodes for these tests, minutes long"
         )
     missing = [
         name for name in NEEDED if not shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
@@ -129,6 +129,10 @@ class Cluster:
         """The words that run a command on the login node."""
         place = ("--target", self.first_process.pid, "--mount", "--net", "--uts", "--ipc", "--pid")
         return ["nsenter", *map(str, place), "--", *map(str, command)]
+
+    def seen(self, path: Path) -> Path:
+        """A path as its processes see it, with what is mounted there."""
+        return Path(f"/proc/{self.first_process.pid}/root{path}")
 
     def run(self, *command: object, seconds: float = 60) -> str:
         """What a command says on the login node; an AssertionError when it fails."""

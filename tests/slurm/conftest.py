@@ -18,17 +18,19 @@ PARITY = ("parity_gate", "parity_convert", "parity_export")
 PROFILE = {
     "latency-wait": 30,
     "slurm-init-seconds-before-status-checks": 2,
+    "max-status-checks-per-second": 1,
     "default-resources": {"runtime": 60, "mem_mb": 3000, "slurm_account": "lab"},
     "set-threads": dict.fromkeys(STAGES, 2) | dict.fromkeys((*PARITY, "train"), 1),
     "set-resources": {
+        **{rule: {"max_ranks_per_node": 2} for rule in PARITY},
         "train": {
-            "nodes": 2,
+            "nodes": 4,
             "gpus_per_node": 0,
             "ranks_per_node": 1,
             "mem_mb": 6000,
             "runtime": 60,
             "slurm_partition": "gpu",
-        }
+        },
     },
 }
 
@@ -74,9 +76,9 @@ def stubs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout.directory
 
 
-def edit_profile(clone: Path, changes: dict[str, object]) -> None:
-    """Lay values over the Slurm profile."""
-    path = clone / "profiles" / "slurm" / "config.yaml"
+def edit_profile(clone: Path, changes: dict[str, object], profile: str = "slurm") -> None:
+    """Lay values over a profile."""
+    path = clone / "profiles" / profile / "config.yaml"
     path.write_text(yaml.safe_dump(laid_over(yaml.safe_load(path.read_text()), changes)))
 
 

@@ -1,187 +1,149 @@
 """What befalls trainings on the cluster, all of them at once: most of the time each of them waits.
 
-A scenario is a generator that yields conditions: it goes on when the last one holds. What it returns is
+A scenario is a generator that yields what it waits for, and goes on when that holds. What it returns is
 what the tests look at.
 """
 
-import json
-import re
-import shutil
 import signal
-import sys
+import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cluster import Cluster, OnCluster
+from trainings import StubTraining, Training, Until
 
 from conftest import edit_profile
-from megaqwen.training.attempts import Attempt, read_attempts
-from megaqwen.training.metrics import read_metrics
 
-Scenario = Generator[Callable[[], object], None, Any]
-SNAKEMAKE = (sys.executable, "-m", "snakemake", "--profile", "slurm")
-OMP = {"OMP_NUM_THREADS": "1"}
-LONG = 3600.0  # seconds that anything may take on a machine with other work
+Scenario = Generator[Until, None, Any]
 POLL_SECONDS = 0.5
 
 
-def together(scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
-    """What each scenario returns, or the exception that ended it."""
-    waiting: dict[str, Callable[[], object]] = dict.fromkeys(scenarios, lambda: True)
+class Going:
+    """A scenario and what it waits for."""
+
+    def __init__(self, name: str, scenario: Scenario):
+        """Take its first step."""
+        self.name, self.scenario = name, scenario
+        self.step()
+
+    def step(self) -> None:
+        """Go on to what it waits for next; StopIteration at its end."""
+        self.until = next(self.scenario)
+        self.end = time.monotonic() + self.until.seconds
+
+    def look(self) -> None:
+        """Go on where what it waits for holds; an AssertionError when that takes too long."""
+        if self.until.holds():
+            self.step()
+        elif time.monotonic() > self.end:
+            late = f"waited {self.until.seconds:.0f} s for {self.until.what}"
+            self.scenario.throw(AssertionError(f"{self.name}: {late}"))
+
+
+def together(scenarios: Mapping[str, tuple[Training, Callable[[Any], Scenario]]]) -> dict[str, Any]:
+    """The training of each scenario when it has ended, or the exception that ended it."""
     ended: dict[str, Any] = {}
-    end = time.monotonic() + LONG
-    while waiting:
-        for name, holds in list(waiting.items()):
-            try:
-                assert time.monotonic() < end, f"{name} takes more than {LONG:.0f} s"
-                if holds():
-                    waiting[name] = next(scenarios[name])
-            except StopIteration as stop:
-                ended[name] = stop.value
-                del waiting[name]
-            except (AssertionError, OSError) as error:  # of this scenario; the others go on
-                ended[name] = error
-                del waiting[name]
-                scenarios[name].close()
+    going: dict[str, Going] = {}
+
+    def attended(name: str, act: Callable[[], object]) -> None:
+        training, _ = scenarios[name]
+        try:
+            act()
+        except StopIteration:
+            ended[name] = training
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            # Of this scenario; the others go on.
+            error.add_note(training.state())
+            ended[name] = error
+
+    def begin(name: str) -> None:
+        training, scenario = scenarios[name]
+        going[name] = Going(name, scenario(training))
+
+    for name in scenarios:
+        attended(name, lambda name=name: begin(name))  # type: ignore[misc]
+    while left := [each for name, each in going.items() if name not in ended]:
+        for each in left:
+            attended(each.name, each.look)
         time.sleep(POLL_SECONDS)
     return ended
 
 
-@dataclass(kw_only=True)
-class Training:
-    """The training of a clone: Snakemake on the login node, and the files that the ranks write."""
-
-    cluster: Cluster
-    clone: Path
-    words: tuple[str, ...]
-    said: list[str] = field(default_factory=list)
-    """By each Snakemake that has ended."""
-    run: OnCluster | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of the one training; of a name that is not there before it has started."""
-        found = self.clone.glob("results/runs/cluster/train/checkpoints/*")
-        return next(found, self.clone / "none")
-
-    @property
-    def attempts(self) -> list[Attempt]:
-        """What was recorded of each start."""
-        return read_attempts(self.checkpoints)
-
-    def start(self) -> OnCluster:
-        """Snakemake."""
-        self.run = OnCluster(self.cluster, [*SNAKEMAKE, *self.words], self.clone, OMP)
-        return self.run
-
-    def while_running(self, holds: Callable[[], object]) -> Callable[[], object]:
-        """A condition; an AssertionError when Snakemake ends before it holds."""
-
-        def check() -> object:
-            held = holds()
-            assert held or self.run is None or self.run.process.poll() is None, self.run.said
-            return held
-
-        return check
-
-    def ended(self) -> bool:
-        """Whether Snakemake has ended."""
-        assert self.run
-        if self.run.process.poll() is None:
-            return False
-        self.said.append(self.run.said)
-        return True
-
-    def writes(self, attempt: int, since: int = 2) -> Callable[[], object]:
-        """Whether an attempt has trained some iterations."""
-
-        def check() -> bool:
-            if len(self.attempts) < attempt:
-                return False
-            return self.iteration() >= self.attempts[attempt - 1].resumed + since
-
-        return self.while_running(check)
-
-    def iteration(self) -> int:
-        """The last one that was trained."""
-        file = self.checkpoints / "metrics.jsonl"
-        rows = read_metrics(file) if file.is_file() else []
-        return max((row["iteration"] for row in rows), default=0)
-
-    def job(self) -> str:
-        """That of the newest attempt."""
-        job = self.attempts[-1].slurm_job_id
-        assert job
-        return job
-
-
-class StubTraining(Training):
-    """Of ranks that only leave lines (stub_rank.py)."""
-
-    def lines(self) -> list[dict[str, Any]]:
-        """All that the ranks of all attempts wrote."""
-        file = self.clone / "results/runs/cluster/train/writes.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def iteration(self) -> int:
-        """The last one; 0 while the newest attempt has written none."""
-        lines = self.lines()
-        return int(lines[-1]["iteration"]) if lines and lines[-1]["job"] == self.job() else 0
-
-    def chunks(self) -> list[tuple[str, list[int]]]:
-        """Jobs and their iterations, in the order of lines: a job that comes back is a chunk more."""
-        chunks: list[tuple[str, list[int]]] = []
-        for line in self.lines():
-            if not chunks or chunks[-1][0] != line["job"]:
-                chunks.append((line["job"], []))
-            chunks[-1][1].append(line["iteration"])
-        return chunks
-
-
-def stub(cluster: Cluster, stubs: Path, name: str, **settings: object) -> StubTraining:
-    """A copy of the clone of stubs, with settings of the profile's section train."""
-    clone = Path(shutil.copytree(stubs, stubs.parent / name, symlinks=True))
-    edit_profile(clone, {"set-resources": {"train": settings}})
-    return StubTraining(cluster=cluster, clone=clone, words=("train",))
-
-
 def interrupted(training: Training) -> Scenario:
-    """The whole run; its training is told to leave, as before a time limit, and then loses a node."""
+    """The whole run: its training is stopped on four nodes, goes on over two, and loses one of them."""
     run = training.start()
     yield training.writes(attempt=1)
-    training.cluster.run("scancel", "--signal=USR1", training.job())
+    job = training.job()
+    run.send(signal.SIGTERM)
+    yield training.ended(1)
+    yield training.gone(job)
+    train = {"nodes": 2, "ranks_per_node": 2}
+    edit_profile(training.clone, {"set-resources": {"train": train}})
+    training.start()
     yield training.writes(attempt=2, since=6)
     training.cluster.kill_node(training.cluster.nodes(training.job())[-1])
-    yield training.ended
-    assert run.process.returncode == 0, run.said
-    return training
+    yield training.ended(0)
 
 
 def cancelled_and_lost(training: StubTraining) -> Scenario:
     """A job is cancelled by somebody, the next one loses a node, the third one ends."""
-    run = training.start()
+    training.start()
     yield training.writes(attempt=1)
     training.cluster.run("scancel", training.job())
     yield training.writes(attempt=2)
     training.cluster.kill_node(training.cluster.nodes(training.job())[-1])
     yield training.writes(attempt=3)
-    (training.clone / "finish").touch()
-    yield training.ended
-    assert run.process.returncode == 0, run.said
-    return training
+    training.tell("finish")
+    yield training.ended(0)
 
 
 def time_limit(training: StubTraining) -> Scenario:
     """Slurm itself says that a job's time is nearly up."""
-    run = training.start()
+    training.start()
     yield training.writes(attempt=2)
-    (training.clone / "finish").touch()
-    yield training.ended
-    assert run.process.returncode == 0, run.said
-    return training
+    training.tell("finish")
+    yield training.ended(0)
+
+
+def preempted(training: StubTraining) -> Scenario:
+    """A job of a partition with more priority takes the nodes."""
+    training.start()
+    yield training.writes(attempt=1)
+    nodes = ",".join(f"node{number}" for number in training.cluster.nodes(training.job()))
+    words = ("--partition=high", "--account=lab", "--exclusive", f"--nodelist={nodes}", "--mem=100")
+    output = training.clone / "high.txt"
+    training.cluster.run("sbatch", *words, f"--output={output}", "--wrap=hostname")
+    yield training.until("the job of more priority", output.exists)
+    yield training.writes(attempt=2)
+    training.tell("finish")
+    yield training.ended(0)
+
+
+def out_of_memory(training: StubTraining) -> Scenario:
+    """One rank takes more memory than the job has, once; then each time that it starts."""
+    training.start()
+    yield training.writes(attempt=1, since=12)
+    training.tell("eat", "once")
+    yield training.writes(attempt=2)
+    training.tell("eat", "always")
+    yield training.ended(1)
+
+
+def full(training: StubTraining) -> Scenario:
+    """The filesystem of the checkpoints has room for two of them; then it gets more."""
+    disk = training.clone / "results/runs/cluster/train/checkpoints"
+    disk.mkdir(parents=True)
+    training.cluster.run("mount", "-t", "tmpfs", "-o", "size=2560k", "tmpfs", disk)
+    training.seen = training.cluster.seen(training.clone)
+    training.tell("heavy")
+    training.start()
+    yield training.ended(1)
+    training.cluster.run("mount", "-o", "remount,size=100m", disk)
+    training.start()
+    before = len(training.attempts)
+    yield training.writes(attempt=before + 1)
+    training.tell("finish")
+    yield training.ended(0)
 
 
 def stopped(training: StubTraining) -> Scenario:
@@ -191,28 +153,47 @@ def stopped(training: StubTraining) -> Scenario:
         yield training.writes(attempt)
         job = training.job()
         run.send(number)
-        yield training.ended
-        assert run.process.returncode == 1, run.said
-        yield lambda job=job: not training.cluster.is_queued(job)  # type: ignore[misc]
+        yield training.ended(1)
+        yield training.gone(job)
     run = training.start()
     yield training.writes(attempt=3)
     job = training.job()
     run.send(signal.SIGKILL)
-    yield training.ended
+    yield training.ended(None)
     assert training.cluster.is_queued(job)
     run = training.start()
-    waits = re.compile(rf"Slurm job {job} of an earlier start still trains in")
-    yield training.while_running(lambda: waits.search(run.said))
-    (training.clone / "finish").touch()
-    yield training.ended
-    assert run.process.returncode == 0, run.said
-    return training
+    waits = f"Slurm job {job} of an earlier start still trains in"
+    yield training.until("that it waits for the earlier job", lambda: waits in run.said)
+    training.tell("finish")
+    yield training.ended(0)
+
+
+def unanswered(training: StubTraining) -> Scenario:
+    """Ctrl-C while Snakemake waits for squeue's answer; and a squeue that gives none for a while."""
+    run = training.start()
+    yield training.writes(attempt=1)
+    job, asking = training.job(), training.clone / "asking"
+    yield training.until("a question to squeue", lambda: is_new(asking))
+    run.send(signal.SIGINT)
+    yield training.ended(1)
+    yield training.gone(job)
+    training.start()
+    yield training.writes(attempt=2)
+    training.tell("away")
+    asked = training.clone / "unanswered"
+    yield training.until("8 questions", lambda: asked.exists() and len(asked.read_text()) >= 8)
+    (training.clone / "away").unlink()
+    training.tell("finish")
+    yield training.ended(0)
+
+
+def is_new(file: Any) -> bool:
+    """Whether a file was touched in the last seconds."""
+    return file.exists() and time.time() - file.stat().st_mtime < 5
 
 
 def failing(training: StubTraining) -> Scenario:
     """A training that fails at once, each time."""
-    (training.clone / "fail").touch()
-    run = training.start()
-    yield training.ended
-    assert run.process.returncode == 1, run.said
-    return training
+    training.tell("fail")
+    training.start()
+    yield training.ended(1)
