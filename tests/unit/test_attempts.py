@@ -1,6 +1,7 @@
 """What attempts.jsonl tells, and when a retry is refused."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,3 +116,24 @@ def test_jobs_that_leave_no_trace_are_not_tried_for_ever(tmp_path: Path) -> None
         check_started(tmp_path, planned, 5)
     failed(tmp_path, 0)
     check_started(tmp_path, planned, 6)
+
+
+def test_jobs_whose_nodes_were_taken_or_lost_did_not_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in ("7", "8"):
+        record_start(tmp_path, replace(upcoming(tmp_path, 0), slurm_job_id=job))
+    tool = tmp_path / "tools" / "sacct"
+    tool.parent.mkdir()
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+
+    def ended(*states: str) -> None:
+        lines = (f"echo '{job}|{state}{'|' * 11}'" for job, state in zip("78", states, strict=True))
+        tool.write_text("\n".join(("#!/bin/sh", *lines)))
+        tool.chmod(0o755)
+
+    ended("PREEMPTED", "NODE_FAIL")
+    check_retry(tmp_path)
+    ended("OUT_OF_MEMORY", "FAILED")
+    with pytest.raises(InputError, match=KILLED):
+        check_retry(tmp_path)

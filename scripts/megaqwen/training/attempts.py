@@ -17,9 +17,15 @@ from typing import Any
 from megaqwen.checkpoints import newest_finished
 from megaqwen.errors import InputError
 from megaqwen.provenance import end_last_line, git_state, iso_time
+from megaqwen.slurm_job import accounted
 
 NAME = "attempts.jsonl"
 KILLED = "killed: it left no message"
+TAKEN = (
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+)  # ends of Slurm jobs that say nothing of the training
 ALIKE = 2  # failures from one checkpoint in the same circumstances: the next would fail, too
 ANYWHERE = 3  # on whatever hosts
 WITHOUT_A_TRACE = 3  # jobs that ended before their training began
@@ -125,9 +131,21 @@ def check_started(directory: Path, planned: dict[int, int], number: int) -> None
 
 
 def failed_from(directory: Path, iteration: int) -> list[Attempt]:
-    """The attempts, newest first, that failed one after the other from one checkpoint."""
+    """The attempts, newest first, that failed one after the other from one checkpoint.
+
+    Without those whose nodes Slurm took away or lost before they could save.
+    """
     newest_first = reversed(read_attempts(directory))
-    return list(takewhile(lambda each: each.failed and each.resumed == iteration, newest_first))
+    failed = takewhile(lambda each: each.failed and each.resumed == iteration, newest_first)
+    return without_taken(list(failed))
+
+
+def without_taken(failed: list[Attempt]) -> list[Attempt]:
+    """Those that were not killed together with their Slurm job."""
+    killed = [each.slurm_job_id for each in failed if each.reason == KILLED and each.slurm_job_id]
+    jobs = accounted(killed) if killed else {}
+    taken = {job for job, facts in jobs.items() if facts["state"].startswith(TAKEN)}
+    return [each for each in failed if each.slurm_job_id not in taken]
 
 
 def no_progress(newest_first: Sequence[Attempt]) -> InputError:
