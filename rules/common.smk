@@ -32,7 +32,9 @@ except InputError as error:
 
 SHARDS = LAYOUT.shard_count(planning=workflow.is_main_process)
 STARTED = time.time()
-PLANNED_TRIES = {}  # of training, and how often it had started when each was planned
+PLANNED_TRIES = (
+    {}
+)  # of each training, and how often it had started when each was planned
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
@@ -77,18 +79,31 @@ def parity_ranks(wildcards):
 
 def parity_nodes(rule):
     """The nodes over which a parity job's ranks are spread: one, unless the profile has a limit."""
-    most = setting_of(rule, "max_ranks_per_node", 0)
-    return nodes_for(ranks_of_layout(CONFIG.train), most)
+
+    def nodes(wildcards):
+        most = setting_of(rule, "max_ranks_per_node", 0)
+        return nodes_for(parity_ranks(wildcards), most)
+
+    return nodes
 
 
 def parity_ranks_per_node(rule):
     """Its ranks on each of them."""
-    return ranks_of_layout(CONFIG.train) // parity_nodes(rule)
+
+    def ranks(wildcards):
+        return parity_ranks(wildcards) // parity_nodes(rule)(wildcards)
+
+    return ranks
 
 
 def parity_extra(rule):
     """sbatch's options for it that Snakemake has no resource for."""
-    return " ".join(Allocation(ranks_per_node=parity_ranks_per_node(rule)).sbatch())
+
+    def extra(wildcards):
+        ranks = parity_ranks_per_node(rule)(wildcards)
+        return " ".join(Allocation(ranks_per_node=ranks).sbatch())
+
+    return extra
 
 
 def parity_launch(wildcards, resources):
@@ -159,7 +174,8 @@ def try_number(wildcards, attempt):
         if attempt > 1:
             wait_for_earlier_training()  # first: an attempt that is still at it has not failed
         try:
-            check_started(LAYOUT.checkpoints, PLANNED_TRIES, attempt)
+            planned = PLANNED_TRIES.setdefault(LAYOUT.checkpoints, {})
+            check_started(LAYOUT.checkpoints, planned, attempt)
             if attempt > 1:
                 check_retry(LAYOUT.checkpoints)
         except InputError as error:
