@@ -82,6 +82,7 @@ def interrupted(training: Training) -> Scenario:
     training.start()
     yield training.writes(attempt=2, since=6)
     training.cluster.kill_node(training.cluster.nodes(training.job())[-1])
+    yield training.writes(attempt=3)
     yield training.ended(0)
 
 

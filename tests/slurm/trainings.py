@@ -16,7 +16,7 @@ from megaqwen.training.metrics import read_metrics
 
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--profile", "slurm")
 OMP = {"OMP_NUM_THREADS": "1"}
-WAIT_SECONDS = 600.0  # that one step of a scenario may take on a machine with other work
+WAIT_SECONDS = 900.0  # that one step of a scenario may take on a machine with other work
 RUN = "results/runs/cluster"
 
 
