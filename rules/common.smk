@@ -32,9 +32,7 @@ except InputError as error:
 
 SHARDS = LAYOUT.shard_count(planning=workflow.is_main_process)
 STARTED = time.time()
-PLANNED_TRIES = (
-    {}
-)  # of each training, and how often it had started when each was planned
+PLANNED_TRIES = {}  # of each training: how often it had started by each of them
 RUN_CONFIG = LAYOUT.run / "config.yaml"
 LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
