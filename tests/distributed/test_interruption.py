@@ -200,7 +200,7 @@ def test_ranks_save_and_end_when_snakemake_is_killed(start: Callable[..., Starte
         assert time.monotonic() < end, started.alive()
         time.sleep(0.05)
     assert len(started.all("saved")) == 2
-    assert [each.reason for each in read_attempts(started.directory)] == ["SIGTERM"]
+    assert [each.reason for each in read_attempts(started.directory)] == ["SIGHUP"]
 
 
 def test_a_start_whose_lease_is_taken_ends_without_saving(

@@ -160,7 +160,7 @@ def test_training_went_on_from_what_was_saved(whole: Training) -> None:
     text = (whole.clone / RUN / "logs/train.log.rank3.log").read_text()
     (left,) = re.findall(rf"stopped: iteration (\d+) of {ITERATIONS} is saved", text)
     first, second, third = whole.attempts
-    assert (first.resumed, second.resumed) == (0, int(left))
+    assert (first.resumed, second.resumed) == (0, int(left)), text
     assert third.resumed >= second.resumed and third.reason == "finished"
     manifest = read_json(whole.clone / RUN / "train/manifest.json")
     assert manifest["slurm_job"]["job_id"] == third.slurm_job_id

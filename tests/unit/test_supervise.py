@@ -1,9 +1,11 @@
 """What starts the ranks leaves no process behind."""
 
+import signal
 import subprocess
 import sys
 
 import psutil
+import pytest
 
 from commands import ROOT
 from megaqwen.training.supervise import is_alive
@@ -27,3 +29,28 @@ def test_what_an_ended_launcher_left_is_ended() -> None:
     assert done.returncode == 3
     sleeping = int(done.stdout)
     assert not psutil.pid_exists(sleeping) or not is_alive(psutil.Process(sleeping))
+
+
+STOPPED = """
+import os, signal, sys, threading
+from megaqwen.training.supervise import Ranks
+words = ["bash", "-c", "trap 'sleep 1; exit 75' TERM; sleep 600 & wait"]
+ranks = Ranks(words, hands_on_signals=True, say=lambda text: print(text, flush=True))
+for seconds, number in ((1, signal.SIGTERM), (1.3, getattr(signal, sys.argv[1]))):
+    threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+sys.exit(ranks.wait())
+"""
+
+
+@pytest.mark.parametrize(("second", "at_once"), [("SIGTERM", True), ("SIGHUP", False)])
+def test_the_end_of_the_snakemake_above_is_no_second_wish(second: str, at_once: bool) -> None:
+    """As where Slurm ends a job, and with it both."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, second],
+        cwd=ROOT / "scripts",
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert ("ending at once" in done.stdout) == at_once

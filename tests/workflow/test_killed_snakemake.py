@@ -73,4 +73,4 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     assert "was killed: its lock on this directory is taken off" in done.stdout
     assert (train / "manifest.json").is_file()
     attempts = read_attempts(lease.parent)
-    assert [each.reason for each in attempts] == ["SIGTERM", "finished"]
+    assert [each.reason for each in attempts] == ["SIGHUP", "finished"]

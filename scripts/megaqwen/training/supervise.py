@@ -74,7 +74,12 @@ class Ranks:
         return code if code >= 0 else 128 - code
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """A signal came: let the ranks save and end; at the second one, end them at once."""
+        """A signal came: let the ranks save and end; at the second one, end them at once.
+
+        SIGHUP is nobody's second wish: where Slurm ends a job, it ends the Snakemake above us as well.
+        """
+        if self.signal and number == signal.SIGHUP:
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.signal:
                 self.say("ending at once")
@@ -105,7 +110,7 @@ class Ranks:
 
 
 def stop_with_snakemake() -> None:
-    """Send SIGTERM to this process when a Snakemake that it works for is killed.
+    """Send SIGHUP to this process when a Snakemake that it works for is killed.
 
     Between Snakemake and this process are shells and another Snakemake, which outlive it: the kernel's
     signal at a parent's death would not come. On a cluster the one that submitted the job is elsewhere,
@@ -116,7 +121,7 @@ def stop_with_snakemake() -> None:
     def watch() -> None:
         while all(is_alive(each) for each in above):
             time.sleep(WATCH_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
 
     if above:
         threading.Thread(target=watch, name="snakemake", daemon=True).start()
