@@ -31,18 +31,14 @@ def this_job() -> dict[str, Any] | None:
     return {"job_id": job, "node_list": nodes, **accounted([job]).get(job, {})}
 
 
-def is_queued(job: str) -> bool:
-    """Whether squeue has a job that waits, runs or ends; False where it can't be asked."""
+def queued(jobs: Sequence[str]) -> set[str]:
+    """Those of some jobs that squeue has, waiting, running or ending; none where it can't be asked."""
+    words = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A"]
     try:
-        done = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return bool(done.stdout.strip())
+        return set()
+    return set(done.stdout.split()) & set(jobs)
 
 
 def accounted(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
