@@ -65,7 +65,8 @@ class Layout:
         for corpus in data["corpora"]:  # what is drawn from the tokens, not the tokens
             for field in ("weight", "valid_weight", "test_weight", "split"):
                 del corpus[field]
-        del data["shards"], config["checkpoints"], config["tracking"]  # how, not what comes out
+        del data["shards"]  # how, not what comes out
+        del config["checkpoints"], config["tracking"], config["scratch"]
         too_long = forget_other_kind(data)
         match stage:
             case "download":

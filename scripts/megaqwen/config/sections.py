@@ -180,6 +180,15 @@ class Tracking(Section):
     """Of MLflow (`uv sync --extra mlflow`), a file without MLFLOW_TRACKING_URI; empty: none."""
 
 
+class Scratch(Section):
+    """A disk of each node's own, to read the data from; no value of these trains anything again."""
+
+    directory: str = ""
+    """Such as $TMPDIR, set on the node; training copies its data there. Empty: it is read where it is."""
+    keep: bool = False
+    """true leaves the copy to the next training of the node; false removes it when this one ends."""
+
+
 class Export(Section):
     """The Hugging Face directory that comes out."""
 
@@ -232,6 +241,7 @@ class Config(Section):
     """Megatron's options by their own names, without the dashes (micro_batch_size: 4)."""
     checkpoints: Checkpoints
     tracking: Tracking
+    scratch: Scratch = Scratch()
     export: Export
     parity: Parity
     sweep: Sweep = Field(default=Sweep(), exclude=True)

@@ -13,6 +13,7 @@ from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file
+from megaqwen.training.scratch import Copy
 from megaqwen.training.trackers import check_installed
 
 
@@ -33,6 +34,13 @@ class TrainingRun:
     """Where this config of training saves: another one never resumes from it."""
     terminal: TextIO
     record: StageRecord
+    copy: Copy | None = None
+    """This node's copy of the data, while training reads it."""
+
+    @property
+    def files(self) -> Path:
+        """The directory that the data is read from."""
+        return self.copy.directory if self.copy else self.data_directory
 
 
 def check_run(arguments: argparse.Namespace) -> TrainingRun:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from megaqwen.training.model import model_config
 from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
 from megaqwen.training.saving import Saving, changed_layout, write_without_a_process
+from megaqwen.training.scratch import copied
 from megaqwen.training.waits import Waits
 from megaqwen.training.workers import ended_by_failure
 
@@ -57,6 +59,13 @@ def pretrain_run(run: TrainingRun) -> None:
         InputError: Megatron refuses the options, or a share of a corpus has no document.
         Stopped: A signal or one of Megatron's exit options ended training early.
     """
+    names = [corpus.name for corpus in run.config.data.corpora]
+    with copied(run.config.scratch, run.data_directory, run.data["files"], names) as copy:
+        pretrain_on(replace(run, copy=copy))
+
+
+def pretrain_on(run: TrainingRun) -> None:
+    """`pretrain_run` with the data where this node reads it."""
     check_data(run)
     gpu = not cpu_emulation.available()
     if gpu:
@@ -95,9 +104,7 @@ def pretrain_run(run: TrainingRun) -> None:
     if run.config.data.kind == "sft":
         step: Any = PackedForwardStep(model.transformer, arguments)
         too_long = run.config.data.too_long
-        provider = conversation_provider(
-            corpora(run), too_long, lambda: say_epochs(planned_epochs(run))
-        )
+        provider = conversation_provider(corpora(run), too_long, lambda: say_epochs(planned_epochs(run)))
     else:
         step, provider = forward_step, dataset_provider(corpora(run))
         say_epochs(planned_epochs(run))
@@ -139,7 +146,7 @@ def check_data(run: TrainingRun) -> None:
         }
     )
     for corpus in data.corpora:
-        prefix = run.data_directory / corpus.name
+        prefix = run.files / corpus.name
         if data.kind == "sft":
             check_conversations(prefix, run.config)
         else:
@@ -150,7 +157,8 @@ def corpora(run: TrainingRun) -> Corpora:
     """The run's corpora on disk, in the config's order."""
     # Megatron's key of its sample indices has a corpus's path, and nothing of what is in it.
     cache = run.output / "cache" / digest(run.data["files"])
-    return run_corpora(run.config, run.data_directory, run.data, run.hf_config["vocab_size"], cache)
+    vocabulary = run.hf_config["vocab_size"]
+    return run_corpora(run.config, run.data_directory, run.data, vocabulary, cache, run.copy)
 
 
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
