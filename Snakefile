@@ -20,6 +20,11 @@ include: "rules/parity.smk"
 include: "rules/report.smk"
 
 
+if RUNS.is_sweep:
+
+    include: "rules/sweep.smk"
+
+
 localrules:
     all,
     download,
@@ -29,16 +34,15 @@ localrules:
 rule all:
     default_target: True
     input:
-        rules.export.output.manifest,
-        rules.report.output.page,
+        of_each_run(rules.export.output.manifest),
+        of_each_run(rules.report.output.page),
         # By name, too: a verdict that is gone since a gate failed is asked for again.
         rules.parity.input,
+        rules.sweep.output if RUNS.is_sweep else [],
 
 
 onstart:
-    watch_slurm_jobs()
-    store_resolved_config()
-    wait_for_earlier_training()
+    start()
 
 
 onsuccess:

@@ -1,78 +1,127 @@
-# The run's config and layout, read once. Python lives in scripts/megaqwen; this names its results.
+# The runs' configs and layouts, read once. Python lives in scripts/megaqwen; this names its results.
 import os
 import signal
+import sys
 import time
 
-from megaqwen.config import load_config
+from megaqwen.array_jobs import ArraySettings, array_mistakes, own_command
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import corpus_files
 from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
-from megaqwen.layout import Layout
-from megaqwen.provenance import check_writable, write_text
+from megaqwen.provenance import check_writable
+from megaqwen.runs import read_runs
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
-from megaqwen.summary import ended_lines, failed_lines, resolved_yaml
+from megaqwen.summary import ended_lines, failed_lines, store_configs
 from megaqwen.submitted_jobs import watch_jobs
 from megaqwen.training.attempts import check_retry, check_started
-from megaqwen.training.earlier_job import wait_for_earlier_job
+from megaqwen.training.earlier_job import wait_for_earlier_jobs
 from megaqwen.training.launch import Allocation
+
+if command := own_command(sys.argv, os.environ):
+    os.execvp("sh", ["sh", "-c", command])
 
 try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
     # Not Snakemake's own merge of them: it keeps a hub's fields in a model of another source.
     overrides = workflow.config_settings.config
-    CONFIG = load_config(Path("config/config.yaml"), overrides, overlay_files)
-    LAYOUT = Layout(config=CONFIG)
-    check_writable(LAYOUT.results, named_by="results")
+    RUNS = read_runs(Path("config/config.yaml"), overrides, overlay_files)
+    if workflow.is_main_process:
+        RUNS.check()  # a job looks at its own run's alone
+    check_writable(RUNS.results, named_by="results")
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-SHARDS = LAYOUT.shard_count(planning=workflow.is_main_process)
 STARTED = time.time()
 PLANNED_TRIES = {}  # of each training: how often it had started by each of them
-RUN_CONFIG = LAYOUT.run / "config.yaml"
-LOGS = LAYOUT.run / "logs"
 SCRIPTS = Path(os.path.relpath(Path(workflow.basedir) / "scripts"))
 put_this_python_first()
 STATE = Path(".snakemake")
+GIVEN_UP = set()  # runs of a sweep whose training gets nowhere
 if workflow.is_main_process and (words := remove_stale_lock(STATE)):
     logger.info(words)
+
+
+wildcard_constraints:
+    run=r"[\w.-]+",
+    model=r"[0-9a-f]+",
+    megatron=r"[0-9a-f]+",
+    data=r"[0-9a-f]+",
+    gate=r"[0-9a-f]+",
+    scatteritem=r"\d+-of-\d+",
+
+
+def layout_of(wildcards):
+    """The layout of a job's run; of a stage that runs share, of the first run that needs it."""
+    try:
+        return RUNS.layout_of(dict(wildcards.items()))
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def place(kind, *names):
+    """A path of a job's run, by the Layout's name for its directory and names inside it."""
+
+    def path(wildcards):
+        return Path(getattr(layout_of(wildcards), kind), *names)
+
+    return path
+
+
+def digest_of(stage):
+    """What determines the result of a job's stage."""
+
+    def digest(wildcards):
+        return layout_of(wildcards).stage_digest(stage)
+
+    return digest
+
+
+def of_each_run(pattern):
+    """A file of every run."""
+    return expand(pattern, run=RUNS.names)
+
+
+def run_config(wildcards):
+    """The config of a job's run, as it is stored when Snakemake starts."""
+    return layout_of(wildcards).run / "config.yaml"
 
 
 def stage_command(script):
     """How a stage is called. A param that depends on resources is no reason to run it again."""
 
     def command(wildcards, resources):
-        return f"python {SCRIPTS / script} --config {RUN_CONFIG}"
+        return f"python {SCRIPTS / script} --config {run_config(wildcards)}"
 
     return command
 
 
 def rank_command(wildcards, resources):
     """What each rank of training runs."""
-    return f"{SCRIPTS / 'train.py'} --config {RUN_CONFIG}"
+    return f"{SCRIPTS / 'train.py'} --config {run_config(wildcards)}"
 
 
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
-    hf_config = known_hf_config(LAYOUT)
+    layout = layout_of(wildcards)
+    hf_config = known_hf_config(layout)
     # Resources are not resolved yet when Snakemake asks for the first time.
     if hf_config and isinstance(resources.get("nodes"), int):
         world_size = resources.nodes * resources.ranks_per_node
-        mistakes = check_model_fits(CONFIG, hf_config, world_size)
+        mistakes = check_model_fits(layout.config, hf_config, world_size)
         if resources.get("launcher") == "torchrun" and not has_gpu():
-            mistakes += map(str, cpu_mistakes(CONFIG.train))
+            mistakes += map(str, cpu_mistakes(layout.config.train))
         if mistakes:
             raise WorkflowError("this training does not fit:", *mistakes)
-    return f"python {SCRIPTS / 'launch.py'} --verify {CONFIG.checkpoints.verify}"
+    return f"python {SCRIPTS / 'launch.py'} --verify {layout.config.checkpoints.verify}"
 
 
 def parity_ranks(wildcards):
     """Ranks over which parity lays out the model as in training."""
-    return ranks_of_layout(CONFIG.train)
+    return ranks_of_layout(layout_of(wildcards).config.train)
 
 
 def parity_nodes(rule):
@@ -111,28 +160,36 @@ def parity_launch(wildcards, resources):
 
 def parity_command(wildcards, resources):
     """What each of them runs."""
-    return f"{SCRIPTS / 'parity.py'} --config {RUN_CONFIG}"
+    return f"{SCRIPTS / 'parity.py'} --config {run_config(wildcards)}"
 
 
 def corpora_files(wildcards):
     """The corpora's own files: a newer one is tokenized again."""
     try:
-        return [path for corpus in CONFIG.data.corpora for path in corpus_files(corpus)]
+        corpora = layout_of(wildcards).config.data.corpora
+        return [path for corpus in corpora for path in corpus_files(corpus)]
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
 
 def shard_manifests(wildcards):
     """The shards that are merged into the data; none where one job does it all."""
-    manifests = gather.shards(str(LAYOUT.shards / "{scatteritem}" / "manifest.json"))
-    return manifests if len(manifests) > 1 else []
+    layout = layout_of(wildcards)
+    count = layout.shard_count(planning=workflow.is_main_process)
+    shards = [f"{number}-of-{count}" for number in range(1, count + 1)]
+    return (
+        [layout.shards / shard / "manifest.json" for shard in shards]
+        if count > 1
+        else []
+    )
 
 
 def model_files(wildcards):
     """What a model that is on disk already is made of: a newer file is converted again."""
-    if CONFIG.model.source != "path":
+    model = layout_of(wildcards).config.model
+    if model.source != "path":
         return []
-    directory = Path(CONFIG.model.path).expanduser()
+    directory = Path(model.path).expanduser()
     # Of a directory that is not there, download says so.
     return sorted(
         path
@@ -163,29 +220,46 @@ def ranks_per_node(wildcards):
     """One for each GPU; without GPUs those of one replica of the model, the fewest that can train it."""
     if gpus := train_setting("gpus_per_node", 0):
         return gpus
-    return ranks_of_replica(CONFIG.train)
+    return ranks_of_replica(layout_of(wildcards).config.train)
 
 
 def try_number(wildcards, attempt):
     """Which of Snakemake's tries of a job this is: retries stop where they get nowhere."""
-    if workflow.is_main_process:
+    if not workflow.is_main_process:
+        return attempt
+    layout = layout_of(wildcards)
+    if attempt > 1:
+        # First: an attempt that is still at it has not failed.
+        wait_for_earlier_training([layout])
+    try:
+        planned = PLANNED_TRIES.setdefault(layout.checkpoints, {})
+        check_started(layout.checkpoints, planned, attempt)
         if attempt > 1:
-            wait_for_earlier_training()  # first: an attempt that is still at it has not failed
-        try:
-            planned = PLANNED_TRIES.setdefault(LAYOUT.checkpoints, {})
-            check_started(LAYOUT.checkpoints, planned, attempt)
-            if attempt > 1:
-                check_retry(LAYOUT.checkpoints)
-        except InputError as error:
-            lines = failed_lines(LOGS, STARTED)
-            raise WorkflowError(f"train: {error}", *lines) from None
+            check_retry(layout.checkpoints)
+    except InputError as error:
+        words = f"train: {error}"
+        if not RUNS.is_sweep:
+            lines = failed_lines(layout.run / "logs", STARTED)
+            raise WorkflowError(words, *lines) from None
+        give_up(wildcards, words)
     return attempt
 
 
-def wait_for_earlier_training():
+def give_up(wildcards, words):
+    """Let the next try of a run's training be the last: an error here would end all other runs."""
+    if wildcards.run not in GIVEN_UP:
+        GIVEN_UP.add(wildcards.run)
+        logger.error(words)
+    for job in workflow.dag.needrun_jobs():
+        if job.rule.name == "train" and job.wildcards.run == wildcards.run:
+            job.attempt = job.restart_times + 1
+
+
+def wait_for_earlier_training(layouts):
     """Not to submit what the lease of a living job would refuse, time and again."""
     if workflow.non_local_exec and workflow.is_main_process:
-        wait_for_earlier_job(LAYOUT.checkpoints, logger.warning)
+        places = [layout.checkpoints for layout in layouts]
+        wait_for_earlier_jobs(places, logger.warning)
 
 
 def slurm_tasks(wildcards):
@@ -215,20 +289,47 @@ def watch_slurm_jobs():
         watch_jobs(executor, logger.warning)
 
 
-def store_resolved_config():
-    """Keep the config that the run was made with, beside its results, where the stages read it."""
-    write_text(RUN_CONFIG, resolved_yaml(CONFIG))
+def check_arrays():
+    """An array that would never be submitted, or run wrongly, is refused before anything runs."""
+    settings, scheduling = workflow.executor_settings, workflow.scheduling_settings
+    if not getattr(settings, "array_jobs", None):
+        return
+    given = ArraySettings(
+        rules=settings.array_jobs,
+        limit=settings.array_limit,
+        jobs=workflow.resource_settings.nodes,
+        jobs_at_once=getattr(scheduling.max_jobs_per_timespan, "max_jobs", None),
+        status_command=settings.status_command,
+        memory_added=not settings.disable_memory_fudge,
+    )
+    layouts = [RUNS.layout(name) for name in RUNS.names]
+    ranks = {ranks_of_layout(layout.config.train) for layout in layouts}
+    if mistakes := list(array_mistakes(given, len(layouts), ranks)):
+        raise WorkflowError("this profile cannot run a sweep in arrays:", *mistakes)
+
+
+def start():
+    """Before the first job: what is left of an earlier start is seen to, and the configs are stored."""
+    if workflow.non_local_exec:
+        check_arrays()
+        watch_slurm_jobs()
+    if RUNS.is_sweep:
+        workflow.scheduler.keepgoing = (
+            True  # a run that fails keeps no other from going on
+        )
+    store_configs(RUNS)
     record_running(STATE)
-    LAYOUT.store_shard_count(len(gather.shards("{scatteritem}")))
+    wait_for_earlier_training([RUNS.layout(name) for name in RUNS.names])
 
 
 def say_where_results_are():
     """The last words of a run that made its report."""
-    for line in ended_lines(LAYOUT):
+    for line in ended_lines(RUNS):
         logger.info(line)
 
 
 def say_what_failed():
     """The last words of a run that failed: Snakemake's own say which job and not why."""
-    for line in failed_lines(LOGS, STARTED):
-        logger.error(line)
+    for logs in RUNS.log_directories:
+        for line in failed_lines(logs, STARTED):
+            logger.error(line)

@@ -1,19 +1,19 @@
 rule convert:
     input:
-        model=rules.download.output.manifest,
+        model=place("model", "manifest.json"),
     output:
-        manifest=LAYOUT.megatron / "manifest.json",
+        manifest=RUNS.place("megatron") / "manifest.json",
     log:
-        LOGS / "convert.log",
+        RUNS.log("convert"),
     benchmark:
-        LOGS / "convert.benchmark.tsv"
+        RUNS.log("convert", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     params:
         command=stage_command("convert.py"),
-        digest=LAYOUT.stage_digest("convert"),
-        model=LAYOUT.model / "hf",
-        directory=LAYOUT.megatron,
+        digest=digest_of("convert"),
+        model=place("model", "hf"),
+        directory=place("megatron"),
     message:
         "convert: Hugging Face safetensors to a Megatron torch_dist checkpoint"
     shell:

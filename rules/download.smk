@@ -2,18 +2,18 @@ rule download:
     input:
         model_files,
     output:
-        manifest=LAYOUT.model / "manifest.json",
+        manifest=RUNS.place("model") / "manifest.json",
     log:
-        LOGS / "download.log",
+        RUNS.log("download"),
     benchmark:
-        LOGS / "download.benchmark.tsv"
+        RUNS.log("download", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     params:
         command=stage_command("download.py"),
-        digest=LAYOUT.stage_digest("download"),
-        directory=LAYOUT.model,
+        digest=digest_of("download"),
+        directory=place("model"),
     message:
-        "download: bring the Hugging Face model ({CONFIG.model.source})"
+        "download: bring the Hugging Face model"
     shell:
         "{params.command} --output {params.directory}" " --log {log}"

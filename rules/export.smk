@@ -1,21 +1,21 @@
 rule export:
     input:
-        model=rules.download.output.manifest,
+        model=place("model", "manifest.json"),
         train=rules.train.output.manifest,
     output:
-        manifest=LAYOUT.run / "export" / "manifest.json",
+        manifest=RUNS.place("run") / "export" / "manifest.json",
     log:
-        LOGS / "export.log",
+        RUNS.log("export"),
     benchmark:
-        LOGS / "export.benchmark.tsv"
+        RUNS.log("export", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     params:
         command=stage_command("export.py"),
-        digest=LAYOUT.stage_digest("export"),
-        model=LAYOUT.model / "hf",
-        checkpoints=LAYOUT.checkpoints,
-        directory=LAYOUT.run / "export",
+        digest=digest_of("export"),
+        model=place("model", "hf"),
+        checkpoints=place("checkpoints"),
+        directory=place("run", "export"),
     message:
         "export: the trained Megatron checkpoint to a Hugging Face directory"
     shell:

@@ -2,14 +2,14 @@
 # of the comparison change would make Snakemake train again.
 rule parity_gate:
     input:
-        checkpoint=rules.convert.output.manifest,
-        data=rules.preprocess.output.manifest,
+        checkpoint=place("megatron", "manifest.json"),
+        data=place("data", "manifest.json"),
     output:
-        verdict=LAYOUT.gate / "parity.json",
+        verdict=RUNS.place("gate") / "parity.json",
     log:
-        LOGS / "parity_gate.log",
+        RUNS.log("parity_gate"),
     benchmark:
-        LOGS / "parity_gate.benchmark.tsv"
+        RUNS.log("parity_gate", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     threads: 1
@@ -23,10 +23,10 @@ rule parity_gate:
     params:
         launch=parity_launch,
         command=parity_command,
-        digest=LAYOUT.stage_digest("gate"),
-        model=LAYOUT.model / "hf",
-        checkpoint=LAYOUT.megatron / "checkpoint",
-        data=LAYOUT.data,
+        digest=digest_of("gate"),
+        model=place("model", "hf"),
+        checkpoint=place("megatron", "checkpoint"),
+        data=place("data"),
     message:
         "parity gate: is the converted checkpoint the Hugging Face model?"
     shell:

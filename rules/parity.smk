@@ -1,20 +1,20 @@
 rule parity:
     input:
-        LAYOUT.run / "parity" / "convert" / "parity.json",
-        LAYOUT.run / "parity" / "export" / "parity.json",
+        of_each_run(RUNS.place("run") / "parity" / "convert" / "parity.json"),
+        of_each_run(RUNS.place("run") / "parity" / "export" / "parity.json"),
 
 
 rule parity_convert:
     input:
-        checkpoint=rules.convert.output.manifest,
-        data=rules.preprocess.output.manifest,
-        gate=rules.parity_gate.output.verdict,
+        checkpoint=place("megatron", "manifest.json"),
+        data=place("data", "manifest.json"),
+        gate=place("gate", "parity.json"),
     output:
-        verdict=LAYOUT.run / "parity" / "convert" / "parity.json",
+        verdict=RUNS.place("run") / "parity" / "convert" / "parity.json",
     log:
-        LOGS / "parity_convert.log",
+        RUNS.log("parity_convert"),
     benchmark:
-        LOGS / "parity_convert.benchmark.tsv"
+        RUNS.log("parity_convert", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     threads: 1
@@ -28,10 +28,10 @@ rule parity_convert:
     params:
         launch=parity_launch,
         command=parity_command,
-        digest=LAYOUT.stage_digest("parity"),
-        model=LAYOUT.model / "hf",
-        checkpoint=LAYOUT.megatron / "checkpoint",
-        data=LAYOUT.data,
+        digest=digest_of("parity"),
+        model=place("model", "hf"),
+        checkpoint=place("megatron", "checkpoint"),
+        data=place("data"),
     message:
         "parity after convert: the gate's verdict, measured again where parity has changed"
     shell:
@@ -48,13 +48,13 @@ rule parity_export:
     input:
         checkpoint=rules.train.output.manifest,
         model=rules.export.output.manifest,
-        data=rules.preprocess.output.manifest,
+        data=place("data", "manifest.json"),
     output:
-        verdict=LAYOUT.run / "parity" / "export" / "parity.json",
+        verdict=RUNS.place("run") / "parity" / "export" / "parity.json",
     log:
-        LOGS / "parity_export.log",
+        RUNS.log("parity_export"),
     benchmark:
-        LOGS / "parity_export.benchmark.tsv"
+        RUNS.log("parity_export", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     threads: 1
@@ -68,10 +68,10 @@ rule parity_export:
     params:
         launch=parity_launch,
         command=parity_command,
-        digest=LAYOUT.stage_digest("parity"),
-        model=LAYOUT.run / "export" / "hf",
-        checkpoint=LAYOUT.checkpoints,
-        data=LAYOUT.data,
+        digest=digest_of("parity"),
+        model=place("run", "export", "hf"),
+        checkpoint=place("checkpoints"),
+        data=place("data"),
     message:
         "parity gate: is the exported model the trained checkpoint?"
     shell:

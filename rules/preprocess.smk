@@ -1,25 +1,21 @@
-scattergather:
-    shards=SHARDS,
-
-
 # With data.shards above 1; the number of shards is no param, so that another one redoes nothing.
 rule preprocess_shard:
     input:
         corpora_files,
-        model=rules.download.output.manifest,
+        model=place("model", "manifest.json"),
     output:
-        manifest=LAYOUT.shards / "{scatteritem}" / "manifest.json",
+        manifest=RUNS.shards / "{scatteritem}" / "manifest.json",
     log:
-        LOGS / "preprocess_shard.{scatteritem}.log",
+        RUNS.log("preprocess_shard", ".{scatteritem}.log"),
     benchmark:
-        LOGS / "preprocess_shard.{scatteritem}.benchmark.tsv"
+        RUNS.log("preprocess_shard", ".{scatteritem}.benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     threads: 4
     params:
         command=stage_command("preprocess.py"),
-        digest=LAYOUT.stage_digest("preprocess"),
-        model=LAYOUT.model / "hf",
+        digest=digest_of("preprocess"),
+        model=place("model", "hf"),
         directory=subpath(output.manifest, parent=True),
     message:
         "preprocess: tokenize shard {wildcards.scatteritem} of the corpora"
@@ -32,21 +28,21 @@ rule preprocess_shard:
 rule preprocess:
     input:
         corpora_files,
-        model=rules.download.output.manifest,
+        model=place("model", "manifest.json"),
         shards=shard_manifests,
     output:
-        manifest=LAYOUT.data / "manifest.json",
+        manifest=RUNS.place("data") / "manifest.json",
     log:
-        LOGS / "preprocess.log",
+        RUNS.log("preprocess"),
     benchmark:
-        LOGS / "preprocess.benchmark.tsv"
+        RUNS.log("preprocess", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
     params:
         command=stage_command("preprocess.py"),
-        digest=LAYOUT.stage_digest("preprocess"),
-        model=LAYOUT.model / "hf",
-        directory=LAYOUT.data,
+        digest=digest_of("preprocess"),
+        model=place("model", "hf"),
+        directory=place("data"),
     message:
         "preprocess: tokenize the corpora into Megatron's .bin and .idx"
     shell:

@@ -1,15 +1,15 @@
 # The checkpoints are not an output: Snakemake would delete them when the job fails or starts again.
 rule train:
     input:
-        checkpoint=rules.convert.output.manifest,
-        data=rules.preprocess.output.manifest,
-        gate=rules.parity_gate.output.verdict,
+        checkpoint=place("megatron", "manifest.json"),
+        data=place("data", "manifest.json"),
+        gate=place("gate", "parity.json"),
     output:
-        manifest=LAYOUT.run / "train" / "manifest.json",
+        manifest=RUNS.place("run") / "train" / "manifest.json",
     log:
-        LOGS / "train.log",
+        RUNS.log("train"),
     benchmark:
-        LOGS / "train.benchmark.tsv"
+        RUNS.log("train", ".benchmark.tsv")
     retries: train_retries()
     conda:
         "../envs/megaqwen.yaml"
@@ -30,13 +30,13 @@ rule train:
     params:
         launch=launch_command,
         command=rank_command,
-        digest=LAYOUT.stage_digest("train"),
-        model=LAYOUT.model / "hf",
-        model_manifest=LAYOUT.model / "manifest.json",
-        checkpoint=LAYOUT.megatron / "checkpoint",
-        data=LAYOUT.data,
-        directory=LAYOUT.run / "train",
-        checkpoints=LAYOUT.checkpoints,
+        digest=digest_of("train"),
+        model=place("model", "hf"),
+        model_manifest=place("model", "manifest.json"),
+        checkpoint=place("megatron", "checkpoint"),
+        data=place("data"),
+        directory=place("run", "train"),
+        checkpoints=place("checkpoints"),
     message:
         "train: megatron.training.pretrain on {resources.nodes} node(s) with {resources.ranks_per_node} rank(s) each"
     shell:

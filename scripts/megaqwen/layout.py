@@ -28,6 +28,7 @@ RECIPE = {
     "report": 3,
 }
 
+SHARED = {"model": "models", "megatron": "megatron", "data": "data", "gate": "gates"}
 
 # Under another of these a stopped training goes on. (The two optimizers save differently.)
 LAYOUT_OPTIONS = {*PARALLEL, "microbatch_group_size_per_vp_stage", "context_parallel_size"}
@@ -39,6 +40,11 @@ class Layout:
 
     config: Config
 
+    @cached_property
+    def stage_configs(self) -> dict[str, dict[str, Any]]:
+        """Those that were asked for: each has others' digests in it."""
+        return {}
+
     def stage_config(self, stage: str) -> dict[str, Any]:
         """What determines a stage's result: the fields that it reads, and its upstream's digest.
 
@@ -46,6 +52,12 @@ class Layout:
         training's: they do not change the tokens on disk. Training keeps its checkpoints under its
         digest: with its upstream in it, it never resumes from those of another model or corpus.
         """
+        if stage not in self.stage_configs:
+            self.stage_configs[stage] = {**self.fields(stage), "recipe": RECIPE[stage]}
+        return self.stage_configs[stage]
+
+    def fields(self, stage: str) -> dict[str, Any]:
+        """The fields of `stage_config`."""
         config = self.config.model_dump(mode="json")
         data, corpora = config["data"], self.config.data.corpora
         splits = {each.name: list(corpus_split(self.config.data, each)) for each in corpora}
@@ -53,7 +65,8 @@ class Layout:
         for corpus in data["corpora"]:  # what is drawn from the tokens, not the tokens
             for field in ("weight", "valid_weight", "test_weight", "split"):
                 del corpus[field]
-        del data["shards"], config["checkpoints"], config["tracking"]  # how, not what comes out
+        del data["shards"]  # how, not what comes out
+        del config["checkpoints"], config["tracking"], config["scratch"]
         too_long = forget_other_kind(data)
         match stage:
             case "download":
@@ -83,7 +96,7 @@ class Layout:
                 fields = {**config, "weights": weights, "splits": splits}
             case _:
                 raise ValueError(f"no stage {stage!r}")
-        return {**fields, "recipe": RECIPE[stage]}
+        return fields
 
     def stage_digest(self, stage: str) -> str:
         """The digest of `stage_config`: the param by which Snakemake sees a change."""
@@ -99,20 +112,25 @@ class Layout:
         """The top of everything that is written."""
         return Path(self.config.results)
 
+    @staticmethod
+    def shared(results: Path, kind: str, key: str) -> Path:
+        """The directory of a shared stage: `kind` is a Layout's own name for it."""
+        return results / "shared" / SHARED[kind] / key
+
     @cached_property
     def model(self) -> Path:
         """Download's directory: `hf/` (the Hugging Face directory) and manifest.json."""
-        return self.results / "shared" / "models" / self.model_key
+        return self.shared(self.results, "model", self.model_key)
 
     @cached_property
     def megatron(self) -> Path:
         """Convert's directory: `checkpoint/` (torch_dist) and manifest.json."""
-        return self.results / "shared" / "megatron" / self.stage_digest("convert")
+        return self.shared(self.results, "megatron", self.stage_digest("convert"))
 
     @cached_property
     def data(self) -> Path:
         """Preprocess's directory: one .bin and .idx a corpus, and manifest.json."""
-        return self.results / "shared" / "data" / self.stage_digest("preprocess")
+        return self.shared(self.results, "data", self.stage_digest("preprocess"))
 
     @cached_property
     def shards(self) -> Path:
@@ -149,7 +167,7 @@ class Layout:
     @cached_property
     def gate(self) -> Path:
         """The gate's directory: parity.json, the verdict after convert that training waits for."""
-        return self.results / "shared" / "gates" / self.stage_digest("gate")
+        return self.shared(self.results, "gate", self.stage_digest("gate"))
 
     @cached_property
     def run(self) -> Path:

@@ -11,6 +11,7 @@ from megaqwen.config import load_config
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
+from megaqwen.runs import KEYS
 from megaqwen.summary import ends_in_error
 from megaqwen.training.metrics import read_metrics
 from megaqwen.words import duration
@@ -66,7 +67,7 @@ def run_status(directory: Path) -> RunStatus:
     if stage is None:
         trained.pop("left", None)
         return RunStatus(run=directory.name, stage="done", **trained)
-    logs = sorted((directory / "logs").glob(f"{stage}.log*"), key=lambda log: log.stat().st_mtime)
+    logs = sorted(stage_logs(top, layout, stage), key=lambda log: log.stat().st_mtime)
     state = "waiting"
     if logs:
         state = "failed" if any(map(ends_in_error, logs)) else "running"
@@ -74,6 +75,15 @@ def run_status(directory: Path) -> RunStatus:
     if state != "running" or stage != "train":
         trained.pop("left", None)
     return RunStatus(run=directory.name, stage=f"{stage} {state}", **trained)
+
+
+def stage_logs(results: Path, layout: Layout, stage: str) -> list[Path]:
+    """The logs of a stage; of one that the runs of a sweep share, those of the sweep as well."""
+    logs = [*(results / "runs" / layout.config.run / "logs").glob(f"{stage}.log*")]
+    if stage in KEYS:
+        key = getattr(layout, KEYS[stage]).name
+        logs += (results / "sweeps").glob(f"*/logs/{stage}.{key}.log*")
+    return logs
 
 
 def training(directory: Path, digest: str, iterations: int) -> dict[str, str]:

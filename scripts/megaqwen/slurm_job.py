@@ -31,25 +31,21 @@ def this_job() -> dict[str, Any] | None:
     return {"job_id": job, "node_list": nodes, **accounted([job]).get(job, {})}
 
 
-def is_queued(job: str) -> bool | None:
-    """Whether squeue has a job that waits, runs or ends; None where Slurm gives no answer now.
+def queued(jobs: Sequence[str]) -> set[str] | None:
+    """Those of some jobs that squeue has, waiting, running or ending; None where it gives no answer now.
 
-    False where there is no squeue to ask.
+    None of them where there is no squeue to ask.
     """
+    words = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A"]
     try:
-        done = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     except OSError:
-        return False
+        return set()
     except subprocess.TimeoutExpired:
         return None
     if done.returncode and "Invalid job id" not in done.stderr:  # as of one that ended long ago
         return None
-    return bool(done.stdout.strip())
+    return set(done.stdout.split()) & set(jobs)
 
 
 def accounted(jobs: Sequence[str]) -> dict[str, dict[str, str]]:

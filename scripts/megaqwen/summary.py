@@ -3,21 +3,51 @@
 import re
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megaqwen.config import Config
 from megaqwen.layout import Layout
-from megaqwen.provenance import read_json
+from megaqwen.provenance import read_json, write_text
+from megaqwen.runs import Runs
+from megaqwen.sweep_table import sweep_lines
 from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM
 
 
 def resolved_yaml(config: Config) -> str:
     """The whole config after merging and checking, as YAML that `load_config` reads again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return as_yaml(config.model_dump(mode="json"))
 
 
-def ended_lines(layout: Layout) -> list[str]:
+def as_yaml(values: Any) -> str:
+    """Values as the text of a config file."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def store_configs(runs: Runs) -> None:
+    """Keep the config that each run is made with beside its results, where its stages read it."""
+    if runs.is_sweep:
+        whole = {**runs.values, "sweep": runs.sweep}
+        store(runs.directory / "config.yaml", as_yaml(whole))
+    for layout in map(runs.layout, runs.names):
+        store(layout.run / "config.yaml", resolved_yaml(layout.config))
+    for layout in runs.each("data"):
+        layout.store_shard_count(layout.shard_count(planning=True))
+
+
+def store(path: Path, text: str) -> None:
+    """Write a file where it is not there as it should be."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def ended_lines(runs: Runs) -> list[str]:
+    """The last words of a run or a sweep that made its report."""
+    return sweep_lines(runs) if runs.is_sweep else run_lines(runs.layout(runs.name))
+
+
+def run_lines(layout: Layout) -> list[str]:
     """The parity verdict and the places of the results, as far as they were made."""
     lines = []
     for crossing in ("convert", "export"):

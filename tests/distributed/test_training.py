@@ -56,6 +56,23 @@ def test_two_ranks_train_alike(one_rank: Path, data_parallel: Path) -> None:
     assert max(abs(a - b) for a, b in zip(expected, curve, strict=True)) < LOSS_BOUND
 
 
+def test_a_copy_on_the_nodes_own_disk_changes_no_bit(
+    workspace: Workspace, data_parallel: Path, tmp_path: Path
+) -> None:
+    """Made by one of two ranks."""
+    scratch = {"directory": "$NODE_DISK/copies", "keep": True}
+    options = {"use_distributed_optimizer": True}
+    place = {"NODE_DISK": str(tmp_path)}
+    copied = workspace.train("on-scratch", 2, options, place, scratch=scratch)
+    assert losses(copied) == losses(data_parallel)
+    assert differing(*(weights(workspace, run, 4) for run in (copied, data_parallel))) == []
+    logs = [workspace.directory / f"on-scratch.log.rank{rank}.log" for rank in (0, 1)]
+    assert sum(log.read_text().count("of data to ") for log in logs) == 1
+    (copy,) = (path for path in (tmp_path / "copies").iterdir() if path.is_dir())
+    assert (copy / "lines.bin").read_bytes() == (workspace.data / "lines.bin").read_bytes()
+    assert list((copy / "indices").rglob("*shuffle_index.npy"))
+
+
 def test_the_tracker_has_the_curve(one_rank: Path) -> None:
     (file, *_) = sorted(one_rank.glob("wandb/offline-run-*/*.wandb"))
     content = file.read_bytes()

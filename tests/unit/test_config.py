@@ -26,12 +26,23 @@ from megaqwen.config.megatron_options import (
     validate_train_options,
 )
 from megaqwen.config.reading import read_yaml
+from megaqwen.layout import Layout
+from megaqwen.runs import read_runs
 from megaqwen.sources.tiny_shapes import tiny_hf_config
 from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "config/config.yaml"
 EXPERIMENTS = sorted((ROOT / "config/experiments").glob("*.yaml"))
+
+
+def first_run(experiment: Path | None) -> Layout:
+    """The run of an experiment, or of its sweep the first, as Snakemake reads it."""
+    runs = read_runs(DEFAULT, {}, [experiment] if experiment else [])
+    runs.check()
+    return runs.layout(runs.names[0])
+
+
 # The default's training is tuned now and then; these tests do arithmetic on numbers of their own.
 TRAIN = {
     "tensor_model_parallel_size": 2,
@@ -405,7 +416,7 @@ def test_every_name_of_an_option_says_what_its_flag_says(parse: Any) -> None:
 def test_the_whole_command_line_round_trips(parse: Any, experiment: Path | None, gpu: bool) -> None:
     from megaqwen.training.arguments import RunPaths, training_options
 
-    config = load_config(DEFAULT, read_yaml(experiment) if experiment else None)
+    config = first_run(experiment).config
     shape = tiny_hf_config(getattr(config.model, "architecture", "qwen3"))
     paths = RunPaths(
         pretrained=Path("pretrained"), checkpoints=Path("a b"), tensorboard=Path("tensorboard")
@@ -468,13 +479,13 @@ def test_every_shipped_yaml_is_valid(path: Path) -> None:
     Draft202012Validator.check_schema(schema)
     # As an editor and Snakemake read it: with YAML 1.1's types.
     assert list(Draft202012Validator(schema).iter_errors(yaml.safe_load(path.read_text()))) == []
-    config = load_config(DEFAULT, None if path == DEFAULT else yaml.safe_load(path.read_text()))
-    runs = [read_yaml(each)["run"] for each in (DEFAULT, *EXPERIMENTS)]
-    assert runs.count(config.run) == 1
+    first_run(None if path == DEFAULT else path)
+    names = [read_yaml(each)["run"] for each in (DEFAULT, *EXPERIMENTS)]
+    assert len(set(names)) == len(names)
 
 
 def test_the_experiments_are_what_their_names_say() -> None:
-    configs = {path.stem: load_config(DEFAULT, read_yaml(path)) for path in EXPERIMENTS}
+    configs = {path.stem: first_run(path).config for path in EXPERIMENTS}
     default = load_config(DEFAULT)
     names = {"qwen2.5", "data-parallel", "hub", "files", "moe", "continued-pretraining", "sft"}
     assert names <= set(configs)

@@ -63,6 +63,7 @@ def test_every_shipped_experiment_plans(
     profile = "slurm" if experiment.stem in FOR_CLUSTERS else "local"
     shards = read_yaml(experiment).get("data", {}).get("shards", 1)
     expected = STAGES["report"] | ({"preprocess_shard"} if shards > 1 else set())
+    expected |= {"sweep"} if "sweep" in read_yaml(experiment) else set()
     assert checkout.plan(*words, profile=profile) == expected
 
 

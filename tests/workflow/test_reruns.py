@@ -95,6 +95,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "which checkpoints stay": (section("checkpoints", keep_last=2, verify="sizes"), set()),
     "where curves go": (section("tracking", wandb_project="qwen"), set()),
+    "a disk of each node's own": (section("scratch", directory="$TMPDIR", keep=True), set()),
     "the export's dtype": (section("export", dtype="bfloat16"), EXPORT),
     "the export's shard size": (section("export", max_shard_gigabytes=1.0), EXPORT),
     "the run's name": ({"run": "another"}, ANOTHER_RUN),

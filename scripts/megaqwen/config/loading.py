@@ -80,21 +80,35 @@ def validate_config(values: Mapping[str, Any]) -> Config:
 def load_config(
     path: Path, overlay: Mapping[str, Any] | None = None, overlay_files: Iterable[Path] = ()
 ) -> Config:
-    """Read, merge and validate.
+    """Read, merge and validate the config of one run.
 
     Args:
         path: The base file.
         overlay: The values of `--config`, laid over everything else.
         overlay_files: The files of `--configfile`, each laid over what comes before it.
     """
+    base = merged_files(path, overlay_files)
+    over: dict[str, Any] = plain(overlay or {})
+    if merge_overlay(base, over).get("sweep"):
+        raise ConfigError(
+            "this config has a sweep, and one run is asked for: give the config of one of its runs,"
+            " which is results/runs/NAME/config.yaml"
+        )
+    return validate_config(merge_overlay(base, with_types(base, over)))
+
+
+def merged_files(path: Path, overlay_files: Iterable[Path] = ()) -> dict[str, Any]:
+    """The values of a base file with those of others laid over it in turn."""
     base = read_yaml(path)
     for file in overlay_files:
         base = merge_overlay(base, read_yaml(Path(file)))
-    over: dict[str, Any] = plain(overlay or {})
-    _, mistakes = examine(merge_overlay(base, over))
-    if mistakes and over:
-        over = mend_types(over, mistakes)
-    return validate_config(merge_overlay(base, over))
+    return base
+
+
+def with_types(base: Mapping[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The values of `--config` as what they were meant to be, by what is wrong with them otherwise."""
+    _, mistakes = examine(merge_overlay(base, overlay)) if overlay else (None, [])
+    return mend_types(overlay, mistakes) if mistakes else overlay
 
 
 def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Any]:

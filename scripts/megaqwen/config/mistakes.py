@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megaqwen.config.sections import SPLIT_PATTERN
+from megaqwen.config.sections import NAME_PATTERN, SPLIT_PATTERN
 
 Path = tuple[str | int, ...]
 Node = Mapping[str, Any]
@@ -17,7 +17,7 @@ LONGEST_SHOWN = 80  # characters of a value
 MOST_LISTED = 16  # choices
 
 PATTERN_WORDS = {
-    r"^[A-Za-z0-9][\w.-]*$": "a name of letters, digits, '.', '_' and '-'",
+    NAME_PATTERN: "a name of letters, digits, '.', '_' and '-'",
     r"^[\w.-]+/[\w.-]+$": "OWNER/NAME, such as Qwen/Qwen3-0.6B",
     SPLIT_PATTERN: "a text (96,2,2 or train, valid, test)",
 }
@@ -121,11 +121,18 @@ def find(schema: Node, location: Sequence[str | int]) -> tuple[Path, Node]:
             continue
         path += (step,)
         inside = (
-            each.get("items") if isinstance(step, int) else each.get("properties", {}).get(step)
+            each.get("items") if isinstance(step, int) else value_node(each, step)
             for each in node.get("anyOf", [node])
         )
         node = resolved(schema, next(filter(None, inside), {}))
     return path, node
+
+
+def value_node(node: Node, key: str) -> Node | None:
+    """What a mapping's schema says of one of its keys; of any key where it names none."""
+    values = node.get("additionalProperties")
+    found: Node | None = node.get("properties", {}).get(key)
+    return found or (values if isinstance(values, dict) else None)
 
 
 def resolved(schema: Node, node: Node) -> Node:

@@ -11,7 +11,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 LARGEST_SEED = 2**32 - 1  # of NumPy's random generators
 SPLITS = ("train", "valid", "test")  # as Megatron calls them
+NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"
 SPLIT_PATTERN = r"^(train|valid|test|[\d.]+(,[\d.]+){0,2})$"
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
@@ -96,7 +100,7 @@ Shares = Annotated[
 class TextCorpus(Section):
     """What every corpus has."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: Name
     """The corpus's name in manifests and reports."""
     weight: float = Field(default=1.0, gt=0)
     """Share of training samples, relative to the other corpora's weights."""
@@ -176,6 +180,15 @@ class Tracking(Section):
     """Of MLflow (`uv sync --extra mlflow`), a file without MLFLOW_TRACKING_URI; empty: none."""
 
 
+class Scratch(Section):
+    """A disk of each node's own, to read the data from; no value of these trains anything again."""
+
+    directory: str = ""
+    """Such as $TMPDIR, set on the node; training copies its data there. Empty: it is read where it is."""
+    keep: bool = False
+    """true leaves the copy to the next training of the node; false removes it when this one ends."""
+
+
 class Export(Section):
     """The Hugging Face directory that comes out."""
 
@@ -206,10 +219,19 @@ class Parity(Section):
     """Steps of the optimizer compared before training, likewise; 0 for none."""
 
 
+class Sweep(Section):
+    """Several runs that one Snakemake makes, each with other values; what they share is made once."""
+
+    grid: dict[str, list[object]] = {}
+    """The values that keys take, such as `train.lr: [1.0e-3, 3.0e-3]`: a run for each combination."""
+    runs: dict[Name, dict[str, object]] = {}
+    """Runs by name, with what each lays over the config; with a grid, each name has all combinations."""
+
+
 class Config(Section):
     """A run: everything that its results depend on."""
 
-    run: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    run: Name
     """The run's name: a folder below results/runs."""
     results: str = Field(default="results", min_length=1)
     """Where everything is written."""
@@ -219,5 +241,8 @@ class Config(Section):
     """Megatron's options by their own names, without the dashes (micro_batch_size: 4)."""
     checkpoints: Checkpoints
     tracking: Tracking
+    scratch: Scratch = Scratch()
     export: Export
     parity: Parity
+    sweep: Sweep = Field(default=Sweep(), exclude=True)
+    """Other runs than this one: config/README.md."""

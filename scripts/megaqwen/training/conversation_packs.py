@@ -23,6 +23,9 @@ class Files(Protocol):
     """What is packed."""
 
     prefix: Path
+    """By which they are known."""
+    source: Path
+    """That of the files that are read."""
     tokens: Any
     targets: Any
 
@@ -162,7 +165,7 @@ def target_counts(files: Files, share: range) -> NDArray[numpy.int64]:
     """[conversations], how many tokens of each are scored: the first of a conversation never is."""
     lengths = files.lengths[share.start : share.stop]
     pointers = files.targets.index.sequence_pointers[share.start : share.stop]
-    flags = numpy.memmap(f"{files.prefix}.targets.bin", dtype=numpy.uint8, mode="r")
+    flags = numpy.memmap(f"{files.source}.targets.bin", dtype=numpy.uint8, mode="r")
     counts = numpy.empty(len(share), dtype=numpy.int64)
     for begin, end in chunks(lengths):
         first = int(pointers[begin])

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megaqwen.config import Config
 from megaqwen.errors import InputError
 from megaqwen.training.conversation_packs import ConversationPacks, check_longest, stored_packs
-from megaqwen.training.datasets import BlendConfig, Corpora, dataset_config
+from megaqwen.training.datasets import BlendConfig, Corpora, dataset_config, indices_on_node
 
 
 @dataclass
@@ -36,18 +36,20 @@ class ConversationConfig(BlendConfig):
 class ConversationFiles:
     """The tokens and the targets of a corpus, memory-mapped."""
 
-    def __init__(self, prefix: Path):
+    def __init__(self, prefix: Path, source: Path | None = None):
         """Open both files.
 
         Args:
             prefix: Path of the corpus's .bin and .idx, without the extension.
+            source: That of the copy which is read in their place.
 
         Raises:
             InputError: They do not belong together.
         """
         self.prefix = prefix
-        self.tokens = IndexedDataset(str(prefix))
-        self.targets = IndexedDataset(f"{prefix}.targets")
+        self.source = source or prefix
+        self.tokens = IndexedDataset(str(self.source))
+        self.targets = IndexedDataset(f"{self.source}.targets")
         if not numpy.array_equal(self.lengths, self.targets.sequence_lengths):
             raise InputError(
                 f"{prefix}.bin and {prefix}.targets.bin have not the same lengths: run preprocess again"
@@ -90,7 +92,8 @@ class PackedConversations(MegatronDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> ConversationFiles:
         """The corpus's files."""
-        return ConversationFiles(Path(dataset_path))
+        prefix = Path(dataset_path)
+        return ConversationFiles(prefix, Path(config.files.get(dataset_path, dataset_path)))
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: ConversationFiles) -> int:
@@ -186,7 +189,7 @@ def build_conversations(
     builder = BlendedMegatronDatasetBuilder(
         PackedConversations, list(samples), lambda: True, config
     )
-    return list(builder.build())
+    return indices_on_node(list(builder.build()), corpora)
 
 
 def conversation_provider(corpora: Corpora, too_long: str, built: Callable[[], None]) -> Any:

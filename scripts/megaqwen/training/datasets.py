@@ -9,6 +9,7 @@ from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.training import get_args
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import split_argument, split_documents
 from megaqwen.errors import InputError
+from megaqwen.training.scratch import Copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,12 @@ class Corpora:
     cache: Path
     """Where Megatron keeps its sample indices."""
     tokenizer: EndOfDocument
+    copy: Copy | None = None
+    """This node's copy of the files, if the config asks for one."""
+
+    def files(self, prefix: Path) -> Path:
+        """The prefix of the files that a corpus is read from; its own stays what it is known by."""
+        return self.copy.directory / prefix.name if self.copy else prefix
 
     def alike(self) -> bool:
         """Whether one split for all of them and one weight for each say it all."""
@@ -69,7 +77,12 @@ class Corpora:
 
 
 def run_corpora(
-    config: Config, directory: Path, made: Mapping[str, Any], vocabulary: int, cache: Path
+    config: Config,
+    directory: Path,
+    made: Mapping[str, Any],
+    vocabulary: int,
+    cache: Path,
+    copy: Copy | None = None,
 ) -> Corpora:
     """A run's corpora on disk, in the config's order.
 
@@ -79,6 +92,7 @@ def run_corpora(
         made: The results in its manifest.
         vocabulary: The model's, in ids.
         cache: Where Megatron keeps its sample indices.
+        copy: This node's of the directory.
     """
     data = config.data
     return Corpora(
@@ -90,6 +104,7 @@ def run_corpora(
         tokenizer=EndOfDocument(
             eod=made["tokenizer"]["end_of_document"]["id"], vocab_size=vocabulary
         ),
+        copy=copy,
     )
 
 
@@ -101,6 +116,8 @@ class BlendConfig(GPTDatasetConfig):
     """The shares of each corpus's documents, by its prefix; none where Megatron's own split says it."""
     spare_samples: int = 0
     """How many samples more than its part of the blend each corpus has."""
+    files: dict[str, str] = field(default_factory=dict)
+    """By a corpus's prefix, that of the files that it is read from, where they are a copy."""
 
     def share(
         self, dataset_path: str | None, indices: NDArray[Any], index_split: Split
@@ -136,6 +153,12 @@ class CorpusShare(GPTDataset):
         super().__init__(indexed_dataset, dataset_path, share, wanted, index_split, config)
 
     @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: BlendConfig) -> IndexedDataset:
+        """The corpus's files; the cached sample indices know it by its own path all the same."""
+        files = config.files.get(dataset_path, dataset_path)
+        return GPTDataset.build_low_level_dataset(files, config)
+
+    @staticmethod
     def _key_config_attributes() -> list[str]:
         """What the cached sample indices depend on."""
         return [*GPTDataset._key_config_attributes(), "corpus_splits"]
@@ -156,6 +179,7 @@ def dataset_config(
         "eod_mask_loss": False,
         "create_attention_mask": False,
         "spare_samples": len(prefixes) + 1 if len(prefixes) > 1 else 0,
+        "files": {str(prefix): str(corpora.files(prefix)) for prefix in corpora.prefixes},
     }
     if corpora.alike():
         blend = (prefixes, [max(weights) for weights in corpora.weights])
@@ -194,7 +218,14 @@ def build_datasets(
     """
     config = dataset_config(corpora, sequence_length)
     builder = BlendedMegatronDatasetBuilder(CorpusShare, list(samples), reads_data, config)
-    return list(builder.build())
+    return indices_on_node(list(builder.build()), corpora)
+
+
+def indices_on_node(datasets: list[Any], corpora: Corpora) -> list[Any]:
+    """Datasets that read their indices from this node's disk, where the data is copied to it."""
+    for dataset in datasets if corpora.copy else ():
+        corpora.copy.of_indices(dataset, corpora.cache)  # type: ignore[union-attr]
+    return datasets
 
 
 def dataset_provider(corpora: Corpora) -> Any:

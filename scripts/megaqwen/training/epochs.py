@@ -35,7 +35,10 @@ def epochs(
         tokens = int(lengths.sum(dtype=numpy.int64))
         return {"documents": len(part), "tokens": tokens}, tokens / sequence_length
 
-    return drawn_parts(corpora, samples, lambda prefix: IndexedDataset(str(prefix)), describe)
+    def read(prefix: Path) -> IndexedDataset:
+        return IndexedDataset(str(corpora.files(prefix)))
+
+    return drawn_parts(corpora, samples, read, describe)
 
 
 def conversation_epochs(
@@ -56,7 +59,10 @@ def conversation_epochs(
         )
         return asdict(packs.facts), len(packs)
 
-    return drawn_parts(corpora, samples, ConversationFiles, describe)
+    def read(prefix: Path) -> ConversationFiles:
+        return ConversationFiles(prefix, corpora.files(prefix))
+
+    return drawn_parts(corpora, samples, read, describe)
 
 
 def drawn_parts[Files: Sized](

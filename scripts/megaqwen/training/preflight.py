@@ -1,7 +1,6 @@
 """What can be known to be wrong with a training before torch is imported."""
 
 import argparse
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from megaqwen.config.checks import check_model_fits
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import StageRecord, existing, read_json, sha256_file
+from megaqwen.training.ranks import rank_from_environment
+from megaqwen.training.scratch import Copy
 from megaqwen.training.trackers import check_installed
 
 
@@ -33,6 +34,13 @@ class TrainingRun:
     """Where this config of training saves: another one never resumes from it."""
     terminal: TextIO
     record: StageRecord
+    copy: Copy | None = None
+    """This node's copy of the data, while training reads it."""
+
+    @property
+    def files(self) -> Path:
+        """The directory that the data is read from."""
+        return self.copy.directory if self.copy else self.data_directory
 
 
 def check_run(arguments: argparse.Namespace) -> TrainingRun:
@@ -44,11 +52,12 @@ def check_run(arguments: argparse.Namespace) -> TrainingRun:
     config = load_config(arguments.config)
     check_installed(config.tracking)
     layout = Layout(config=config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = rank_from_environment().world_size
     hf_config = read_json(existing(arguments.model / "config.json", "download"))
     data = read_json(existing(arguments.data / "manifest.json", "preprocess"))
     check_kind(data["results"], config.data.kind)
-    check_tokenizer(data["results"]["tokenizer"], arguments.model, arguments.data)
+    if rank_from_environment().rank == 0:  # one reads what would be read again for each rank
+        check_tokenizer(data["results"]["tokenizer"], arguments.model, arguments.data)
     existing(arguments.checkpoint / TRACKER, "convert")
     mistakes = check_model_fits(config, hf_config, world_size)
     if mistakes:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
 from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
+from megaqwen.training.ranks import rank_from_environment
 from megaqwen.training.saving import Saving, changed_layout, write_without_a_process
+from megaqwen.training.scratch import copied
 from megaqwen.training.waits import Waits
 from megaqwen.training.workers import ended_by_failure
 
@@ -57,7 +60,15 @@ def pretrain_run(run: TrainingRun) -> None:
         InputError: Megatron refuses the options, or a share of a corpus has no document.
         Stopped: A signal or one of Megatron's exit options ended training early.
     """
-    check_data(run)
+    names = [corpus.name for corpus in run.config.data.corpora]
+    with copied(run.config.scratch, run.data_directory, run.data["files"], names) as copy:
+        pretrain_on(replace(run, copy=copy))
+
+
+def pretrain_on(run: TrainingRun) -> None:
+    """`pretrain_run` with the data where this node reads it."""
+    if rank_from_environment().rank == 0:
+        check_data(run)
     gpu = not cpu_emulation.available()
     if gpu:
         cpu_checkpoints.install()
@@ -95,12 +106,10 @@ def pretrain_run(run: TrainingRun) -> None:
     if run.config.data.kind == "sft":
         step: Any = PackedForwardStep(model.transformer, arguments)
         too_long = run.config.data.too_long
-        provider = conversation_provider(
-            corpora(run), too_long, lambda: say_epochs(planned_epochs(run))
-        )
+        provider = conversation_provider(corpora(run), too_long, lambda: say_epochs(run))
     else:
         step, provider = forward_step, dataset_provider(corpora(run))
-        say_epochs(planned_epochs(run))
+        say_epochs(run)
     container = pretrain_cfg_container_from_args(arguments, model)
     try:
         with memory_advice(arguments.micro_batch_size), ended_by_failure():
@@ -139,7 +148,7 @@ def check_data(run: TrainingRun) -> None:
         }
     )
     for corpus in data.corpora:
-        prefix = run.data_directory / corpus.name
+        prefix = run.files / corpus.name
         if data.kind == "sft":
             check_conversations(prefix, run.config)
         else:
@@ -150,7 +159,8 @@ def corpora(run: TrainingRun) -> Corpora:
     """The run's corpora on disk, in the config's order."""
     # Megatron's key of its sample indices has a corpus's path, and nothing of what is in it.
     cache = run.output / "cache" / digest(run.data["files"])
-    return run_corpora(run.config, run.data_directory, run.data, run.hf_config["vocab_size"], cache)
+    vocabulary = run.hf_config["vocab_size"]
+    return run_corpora(run.config, run.data_directory, run.data, vocabulary, cache, run.copy)
 
 
 def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
@@ -165,7 +175,8 @@ def say_start(run: TrainingRun, arguments: Any, resumed: int) -> None:
         )
         if size > 1
     )
-    if changes := changed_layout(run.checkpoints, arguments, resumed):
+    speaks = rank_from_environment().speaks
+    if speaks and (changes := changed_layout(run.checkpoints, arguments, resumed)):
         logger.info("the checkpoint was saved under another layout: %s", changes)
     device = "CPU" if cpu_emulation.available() else torch.cuda.get_device_name()
     start = f"resuming after iteration {resumed}" if resumed else "from the converted weights"
@@ -246,9 +257,11 @@ def target_tokens(run: TrainingRun, records: list[dict[str, Any]]) -> dict[str, 
     return {"target_tokens": sum(filter(None, counts)) if known else None}
 
 
-def say_epochs(planned: Planned) -> None:
-    """Say of each corpus how often it is trained on."""
-    for name, splits in planned.items():
+def say_epochs(run: TrainingRun) -> None:
+    """Say of each corpus how often it is trained on; on one rank, which reads each document's length."""
+    if not rank_from_environment().speaks:
+        return
+    for name, splits in planned_epochs(run).items():
         if "train" in splits:
             facts = splits["train"]
             logger.info(
