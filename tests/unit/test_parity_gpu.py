@@ -15,6 +15,7 @@ from megaqwen.parity.ranks import with_gpu
 
 FP8 = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}
 DELAYED = {"bf16": True, "fp8": "hybrid"}
+MXFP8 = {**DELAYED, "fp8_recipe": "mxfp8"}
 BATCH = torch.zeros(16, 33, dtype=torch.int64)
 MODEL = ModelOf(architecture={}, checkpoint=Path("none"), vocabulary=10, rounded_to=None)
 RANKS = FromRanks(ranks=1, layout={}, dtype="bfloat16", padding=0, batches=[BATCH], sampled=BATCH)
@@ -41,7 +42,7 @@ def test_what_training_computes_in(train: dict[str, Any], name: str | None) -> N
         ({}, "", None),
         ({"bf16": True}, "this machine has no GPU", "this machine has no GPU"),
         (FP8, "this Slurm job has no GPU", "this Slurm job has no GPU"),
-        (DELAYED, "", "what fp8 delayed does to a healthy model is not known here"),
+        (MXFP8, "", "what fp8 mxfp8 does to a healthy model is not known here"),
     ],
 )
 def test_what_is_not_measured_and_why(

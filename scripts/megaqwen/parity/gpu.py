@@ -22,7 +22,12 @@ from megaqwen.parity.ranked_model import model_options
 from megaqwen.training.arguments import gpu_options
 from megaqwen.training.supervise import end_with_parent
 
-THRESHOLDS = {"bfloat16": 1.1, "fp8 tensorwise": 1.5, "fp8 blockwise": 1.5}
+THRESHOLDS = {
+    "bfloat16": 1.1,
+    "fp8 tensorwise": 1.5,
+    "fp8 blockwise": 1.5,
+    "fp8 delayed": 1.5,  # after passes by which it learns its scales
+}
 """By what training computes in: of FP8's recipes, those of which it is known what a healthy model has."""
 SECONDS = 1800
 """No forward pass takes so long: something hangs."""
