@@ -16,6 +16,8 @@ from conftest import edit_profile
 
 Scenario = Generator[Until, None, Any]
 POLL_SECONDS = 0.5
+SWEPT = 4
+"""Runs of config/experiments/sweep.yaml."""
 
 
 class Going:
@@ -191,6 +193,19 @@ def unanswered(training: StubTraining) -> Scenario:
 def is_new(file: Any) -> bool:
     """Whether a file was touched in the last seconds."""
     return file.exists() and time.time() - file.stat().st_mtime < 5
+
+
+def swept(training: StubTraining) -> Scenario:
+    """A sweep: its trainings, tasks of one array, run beside each other."""
+    training.start()
+
+    def all_train() -> bool:
+        files = training.clone.glob("results/runs/*/train/writes.jsonl")
+        return sum(len(file.read_text().splitlines()) >= 10 for file in files) == SWEPT
+
+    yield training.until("all runs of the sweep train", all_train)
+    training.tell("finish")
+    yield training.ended(0)
 
 
 def failing(training: StubTraining) -> Scenario:

@@ -15,6 +15,7 @@ import yaml
 from checkout import Checkout
 from cluster import Cluster
 from scenarios import (
+    SWEPT,
     cancelled_and_lost,
     failing,
     full,
@@ -22,6 +23,7 @@ from scenarios import (
     out_of_memory,
     preempted,
     stopped,
+    swept,
     time_limit,
     together,
     unanswered,
@@ -30,7 +32,7 @@ from trainings import RUN, SNAKEMAKE, StubTraining, Training, stub
 
 from conftest import edit_profile
 from megaqwen.provenance import read_json
-from megaqwen.training.attempts import KILLED
+from megaqwen.training.attempts import KILLED, read_attempts
 from megaqwen.training.logs import MORE_MEMORY
 from megaqwen.weights import read_hf_tensors
 from workspace import losses
@@ -49,6 +51,7 @@ SMALL = {
     "micro_batch_size": 4,
 }
 WORDS = ("--configfile", "config/experiments/cluster.yaml", "small.yaml")
+SWEEP = ("--configfile", "config/experiments/sweep.yaml", "fits.yaml")
 # Two nodes of two ranks each, beside others.
 SHARED = {
     "nodes": 2,
@@ -85,6 +88,9 @@ def ended(cluster: Cluster, clone: Path, stubs: Path) -> dict[str, Any]:
     requeue = {"slurm-no-requeue": False, "slurm-requeue": True}
     busy = stubbed("unanswered")
     busy.environment = {"PATH": f"{put_squeue(busy.clone)}:{os.environ['PATH']}"}
+    sweep = stubbed("swept")
+    (sweep.clone / "fits.yaml").write_text(yaml.safe_dump({"train": {"micro_batch_size": 1}}))
+    sweep.words = ("all", "--until", "train", *SWEEP)
     return together(
         {
             "interrupted": (whole, interrupted),
@@ -97,6 +103,7 @@ def ended(cluster: Cluster, clone: Path, stubs: Path) -> dict[str, Any]:
             "stopped": (stubbed("stopped"), stopped),
             "unanswered": (busy, unanswered),
             "failing": (stubbed("failing"), failing),
+            "swept": (sweep, swept),
         }
     )
 
@@ -289,3 +296,21 @@ def test_a_squeue_that_gives_no_answer(ended: dict[str, Any]) -> None:
     one_writer_at_a_time(training)
     first, second = training.attempts
     assert first.resumed == 0 < second.resumed and second.reason == "finished"
+
+
+def test_a_sweeps_trainings_are_one_array(cluster: Cluster, ended: dict[str, Any]) -> None:
+    training: StubTraining = outcome(ended, "swept")
+    runs = sorted((training.clone / "results/runs").glob("lr-sweep.*"))
+    assert len(runs) == SWEPT
+    attempts = []
+    for run in runs:
+        assert (run / "train/manifest.json").is_file()
+        (place,) = (run / "train/checkpoints").iterdir()
+        (attempt,) = read_attempts(place)
+        attempts.append(attempt.slurm_job_id)
+    words = ("sacct", "-X", "--noheader", "--parsable2", "--format=jobid,jobidraw,state,nnodes")
+    table = [columns(line) for line in cluster.run(*words).splitlines()]
+    tasks = [(job, state, nodes) for job, raw, state, nodes in table if raw in attempts]
+    assert len({job.partition("_")[0] for job, *_ in tasks}) == 1
+    assert sorted(job.partition("_")[2] for job, *_ in tasks) == ["1", "2", "3", "4"]
+    assert {(state, nodes) for _, state, nodes in tasks} == {("COMPLETED", "2")}
