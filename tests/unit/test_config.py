@@ -516,6 +516,8 @@ def test_the_experiments_are_what_their_names_say() -> None:
         ({"train": {"lr": "fast"}}, False),
         ({"data": {"corpora": [{"source": "files", "name": "a"}]}}, False),
         ({"parity": {"max_tokenz": 1}}, False),
+        ({"scratch": {"directory": "$TMPDIR"}}, True),
+        ({"scratch": {"directory": "not/absolute"}}, False),
     ],
 )
 def test_the_schema_of_overlays(overlay: dict[str, Any], valid: bool) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 LARGEST_SEED = 2**32 - 1  # of NumPy's random generators
 SPLITS = ("train", "valid", "test")  # as Megatron calls them
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"
+NODE_PATH_PATTERN = r"^([/$~].*)?$"
 SPLIT_PATTERN = r"^(train|valid|test|[\d.]+(,[\d.]+){0,2})$"
 
 
@@ -183,7 +184,7 @@ class Tracking(Section):
 class Scratch(Section):
     """A disk of each node's own, to read the data from; no value of these trains anything again."""
 
-    directory: str = ""
+    directory: str = Field(default="", pattern=NODE_PATH_PATTERN)
     """Such as $TMPDIR, set on the node; training copies its data there. Empty: it is read where it is."""
     keep: bool = False
     """true leaves the copy to the next training of the node; false removes it when this one ends."""
