@@ -2,6 +2,7 @@
 
 import io
 import threading
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,24 @@ def test_a_save_does_not_wait_for_checksums_of_the_one_before(
         assert digested == [place.name for place in places]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_memory_is_reserved_where_there_is_something_to_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = [torch.nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)]
+    optimizer = torch.optim.AdamW(model[0].parameters())
+    arguments = Namespace(
+        async_save=True,
+        data_parallel_size=2,
+        use_distributed_optimizer=False,
+        exp_avg_dtype=torch.float32,
+        exp_avg_sq_dtype=torch.float32,
+    )
+    found: list[int] = []
+    monkeypatch.setattr(async_saving, "reserve", found.append)
+    async_saving.reserve_for(model, None, arguments)  # stopped after its last save: evaluated alone
+    async_saving.reserve_for(model, optimizer, Namespace(async_save=False))
+    assert not found
+    async_saving.reserve_for(model, optimizer, arguments)
+    assert found == [(2 + 4 + 8) * 8 // 2]  # weights, their copies and moments, on two ranks

@@ -43,21 +43,23 @@ def install() -> None:
 
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:
         model, optimizer, schedule = set_up(*words, **named)
-        if get_args().async_save:
-            reserve(saved_bytes(model, optimizer))
+        reserve_for(model, optimizer, get_args())
         return model, optimizer, schedule
 
     training.setup_model_and_optimizer = set_up_and_reserve
 
 
-def saved_bytes(model: Iterable[torch.nn.Module], optimizer: Any) -> int:
+def reserve_for(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> None:
+    """`reserve` what saves take; a training that is only evaluated has no optimizer and no save."""
+    if arguments.async_save and optimizer is not None:
+        reserve(saved_bytes(model, optimizer, arguments))
+
+
+def saved_bytes(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> int:
     """About how many bytes of a checkpoint this rank writes: weights, and Adam's state with its copy.
 
     Data parallel ranks share out what they all have; of a distributed optimizer each has its own part.
     """
-    from megatron.training import get_args
-
-    arguments = get_args()
     weights = sum(each.nbytes for chunk in model for each in chunk.parameters())
     moments = arguments.exp_avg_dtype.itemsize + arguments.exp_avg_sq_dtype.itemsize
     states = sum(
