@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from megaqwen.config.megatron_options import OPTIONS_FILE, megatron_options
-from megaqwen.config.parser_options import options_json
 from megaqwen.config.reference import with_table
 from megaqwen.config.schema import config_schema, overlay_schema, schema_json
 from megaqwen.provenance import write_text
@@ -41,6 +40,8 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 on drift")
     check = parser.parse_args().check
+    from megaqwen.config.parser_options import options_json  # with Megatron
+
     differed = replace_if_different(OPTIONS_FILE, options_json(), check)
     megatron_options.cache_clear()
     readme = CONFIG / "README.md"

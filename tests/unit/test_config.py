@@ -453,13 +453,6 @@ def test_to_arguments_refuses_what_no_flag_says() -> None:
 # What is generated and shipped
 
 
-@pytest.mark.slow
-def test_generated_files_are_up_to_date_by_the_command() -> None:
-    command = [sys.executable, "scripts/generate_config.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 def test_generated_files_are_up_to_date() -> None:
     from megaqwen.config.megatron_options import OPTIONS_FILE
     from megaqwen.config.parser_options import options_json
