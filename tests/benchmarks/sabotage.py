@@ -152,9 +152,10 @@ def main() -> None:
         rows.append(row)
         failed = [name for name, gate in row.get("gates", {}).items() if not gate["passed"]]
         print(
-            f"{row['model']}: {row['mistake']}: {', '.join(failed) or row.get('refused', 'passed')}"
+            f"{row['model']}: {row['mistake']}: {', '.join(failed) or row.get('refused', 'passed')}",
+            flush=True,
         )
-    (directory / "sabotage.json").write_text(json.dumps(rows, indent=1))
+        (directory / "sabotage.json").write_text(json.dumps(rows, indent=1))
     print(*margins(rows), sep="\n")
 
 
