@@ -54,3 +54,33 @@ def test_the_end_of_the_snakemake_above_is_no_second_wish(second: str, at_once: 
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert ("ending at once" in done.stdout) == at_once
+
+
+FULL = """
+import os, signal, subprocess, sys, threading
+from pathlib import Path
+from megaqwen.training.logs import LaunchLog
+from megaqwen.training.supervise import Ranks
+words = ["bash", "-c", "trap 'echo saved; exit 75' TERM; echo started; sleep 600 & wait"]
+log = LaunchLog(path=Path("/dev/full"))
+ranks = Ranks(words, hands_on_signals=True, say=log.say, stdout=subprocess.PIPE, text=True)
+assert ranks.process.stdout.readline() == "started\\n"
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+code = ranks.wait()
+log.say("the end", "ERROR")
+print(code, ranks.process.stdout.read())
+"""
+
+
+def test_on_a_full_disk_the_ranks_are_asked_to_save() -> None:
+    """The launcher's log and its terminal, Slurm's file on the same disk, take no word of it."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL],
+            cwd=ROOT / "scripts",
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout.split() == [str(128 + signal.SIGTERM), "saved"]

@@ -1,5 +1,6 @@
 """What the launcher says, and what it finds in the logs of its ranks."""
 
+import contextlib
 import re
 import sys
 import time
@@ -25,10 +26,14 @@ class LaunchLog:
     """Of all of them when the ranks were started."""
 
     def say(self, text: str, level: str = "INFO") -> None:
-        """Write a line to the terminal and to LOG."""
-        sys.stderr.write(f"  {text}\n")
+        """Write a line to the terminal and to LOG, to each where it can be written to.
+
+        On a full disk, and without its terminal, the launcher does what the words announce all the same.
+        """
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"  {text}\n")
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.path, "a", encoding="utf-8") as stream:
+        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as stream:
             stream.write(f"{moment},000 {level} {text}\n")
 
     def ranks(self) -> list[Path]:
