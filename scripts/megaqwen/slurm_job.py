@@ -7,7 +7,7 @@ from typing import Any
 
 SECONDS = 20  # sacct waits for a database that may be away
 FIELDS = {
-    "JobID": "job_id",
+    "JobIDRaw": "job_id",  # a task of an array has its own there, as in its SLURM_JOB_ID
     "State": "state",
     "Partition": "partition",
     "Account": "account",

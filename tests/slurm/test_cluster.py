@@ -4,8 +4,10 @@ A training that was stopped on four nodes, went on over two and lost one of them
 weights of one that nothing happened to, on one machine: to the bit.
 """
 
+import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from scenarios import (
 )
 from trainings import RUN, SNAKEMAKE, StubTraining, Training, stub
 
+from commands import ROOT
 from conftest import edit_profile
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import KILLED, read_attempts
@@ -72,6 +75,14 @@ case "$*" in *--states=all*) touch asking && sleep 10 ;; esac
 code=$?
 rm -f asking
 exit $code
+"""
+
+
+ACCOUNTED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from megaqwen.slurm_job import accounted
+print(json.dumps(accounted(sys.argv[2:])))
 """
 
 
@@ -318,3 +329,6 @@ def test_a_sweeps_trainings_are_one_array(cluster: Cluster, ended: dict[str, Any
     assert len({job.partition("_")[0] for job, *_ in tasks}) == 1
     assert sorted(job.partition("_")[2] for job, *_ in tasks) == ["1", "2", "3", "4"]
     assert {(state, nodes) for _, state, nodes in tasks} == {("COMPLETED", "2")}
+    # By the number that each task knows of itself, as a retry and a report ask.
+    facts = json.loads(cluster.run(sys.executable, "-c", ACCOUNTED, ROOT / "scripts", *attempts))
+    assert {job: facts[job]["state"] for job in attempts} == dict.fromkeys(attempts, "COMPLETED")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megaqwen.errors import InputError
+from megaqwen.slurm_job import this_job
 from megaqwen.training.attempts import (
     KILLED,
     NAME,
@@ -118,22 +121,53 @@ def test_jobs_that_leave_no_trace_are_not_tried_for_ever(tmp_path: Path) -> None
     check_started(tmp_path, planned, 6)
 
 
-def test_jobs_whose_nodes_were_taken_or_lost_did_not_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for job in ("7", "8"):
-        record_start(tmp_path, replace(upcoming(tmp_path, 0), slurm_job_id=job))
+# As sacct does it: the fields that are asked for, and of an array's tasks two kinds of number.
+SACCT = """#!{python} -S
+import sys
+states = {states}
+(fields,) = [word.split("=")[1] for word in sys.argv if word.startswith("--format=")]
+(jobs,) = [word.split("=")[1] for word in sys.argv if word.startswith("--jobs=")]
+for task, (job, state) in enumerate(states.items(), start=1):
+    for step, memory in (("", ""), (".batch", "3K"), (".0", "5K")):
+        ids = {{"JobID": f"7_{{task}}{{step}}", "JobIDRaw": f"{{job}}{{step}}"}}
+        row = ids | {{"State": state, "MaxRSS": memory}}
+        if job in jobs.split(","):
+            print("|".join(row.get(field, "") for field in fields.split(",")))
+"""
+
+
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets sacct tell the states of two tasks of an array, 8 and 7, its last one."""
     tool = tmp_path / "tools" / "sacct"
     tool.parent.mkdir()
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
 
-    def ended(*states: str) -> None:
-        lines = (f"echo '{job}|{state}{'|' * 11}'" for job, state in zip("78", states, strict=True))
-        tool.write_text("\n".join(("#!/bin/sh", *lines)))
+    def tell(*states: str) -> None:
+        jobs = dict(zip("87", states, strict=True))
+        tool.write_text(SACCT.format(python=sys.executable, states=jobs))
         tool.chmod(0o755)
 
+    return tell
+
+
+def test_jobs_whose_nodes_were_taken_or_lost_did_not_fail(
+    tmp_path: Path, ended: Callable[..., None]
+) -> None:
+    for job in ("7", "8"):
+        record_start(tmp_path, replace(upcoming(tmp_path, 0), slurm_job_id=job))
     ended("PREEMPTED", "NODE_FAIL")
     check_retry(tmp_path)
     ended("OUT_OF_MEMORY", "FAILED")
     with pytest.raises(InputError, match=KILLED):
         check_retry(tmp_path)
+
+
+def test_a_task_of_an_array_knows_its_own_facts(
+    ended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended("RUNNING", "COMPLETED")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    facts = this_job()
+    assert facts and (facts["job_id"], facts["state"]) == ("8", "RUNNING")
+    assert facts["peak_memory"] == "5K"
