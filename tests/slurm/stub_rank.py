@@ -82,7 +82,8 @@ def eat(rank: Rank, order: Path) -> None:
 def train(rank: Rank, checkpoints: Path) -> None:
     iteration = newest_finished(checkpoints)
     attempt = read_attempts(checkpoints)[-1].number
-    log(rank, "INFO", f"rank {rank.rank} of {rank.world_size} on {socket.gethostname()}")
+    place = f"{socket.gethostname()}, one of {os.environ['LOCAL_WORLD_SIZE']} there"
+    log(rank, "INFO", f"rank {rank.rank} of {rank.world_size} on {place}")
     try:
         while not Path("finish").exists():
             time.sleep(0.2)

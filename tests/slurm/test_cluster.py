@@ -244,7 +244,9 @@ def test_the_ranks_of_each_node(ended: dict[str, Any]) -> None:
     logs = (training.clone / RUN / "logs").glob("train.log.rank*.log")
     words = {path.read_text().splitlines()[0].partition("INFO ")[2] for path in logs}
     nodes = {0: 9, 1: 9, 2: 10, 3: 10}
-    assert words == {f"rank {rank} of 4 on node{node}" for rank, node in nodes.items()}
+    assert words == {
+        f"rank {rank} of 4 on node{node}, one of 2 there" for rank, node in nodes.items()
+    }
 
 
 def test_slurm_tells_the_ranks_before_the_time_limit(ended: dict[str, Any]) -> None:

@@ -10,6 +10,17 @@ import torch
 
 from megaqwen.config.sections import Checkpoints
 from megaqwen.training import async_saving, saving
+from megaqwen.training.ranks import Rank, rank_from_environment
+
+# What srun sets for the tenth of 16 tasks on two nodes.
+TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
 
 
 def buckets(seed: int) -> list[async_saving.Bucket]:
@@ -56,6 +67,23 @@ def test_more_than_the_host_has_is_not_kept() -> None:
     assert not staging.grow(1 << 60)
     assert staging.grow(1 << 12)
     assert staging.memory.nbytes == 1 << 12
+
+
+def test_the_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under srun as well, which tells each of its tasks how many there are."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    assert rank_from_environment() == Rank(rank=9, world_size=16, local_rank=1)
+    size = 1 << 12
+    memory = Namespace(available=int(async_saving.SPARE * size * 8) - 1)
+    monkeypatch.setattr(async_saving.psutil, "virtual_memory", lambda: memory)
+    staging = async_saving.Staging()
+    assert not staging.grow(size)
+    memory.available += 1
+    assert staging.grow(size)
 
 
 def test_a_save_does_not_wait_for_checksums_of_the_one_before(

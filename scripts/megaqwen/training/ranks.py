@@ -43,9 +43,15 @@ def torch_variables(slurm: Mapping[str, str]) -> dict[str, str]:
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(most_tasks(slurm["SLURM_STEP_TASKS_PER_NODE"])),
         "MASTER_ADDR": first_node(slurm["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % PORTS),
     }
+
+
+def most_tasks(per_node: str) -> int:
+    """The most that a node has of a step's tasks: `8(x2),3`, two nodes of 8 and one of 3, gives 8."""
+    return max(int(group.partition("(")[0]) for group in per_node.split(","))
 
 
 def first_node(nodes: str) -> str:
