@@ -48,7 +48,7 @@ def test_srun_has_every_flag_spelled_out(tmp_path: Path, gpus: int) -> None:
     assert found[0] == "srun"
     assert set(found[1:end]) >= {
         *("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"),
-        "--kill-on-bad-exit=1",
+        *("--kill-on-bad-exit=1", "--wait=0"),
     }
     assert ("--gpus-per-node=8" in found) == bool(gpus)
     assert any(word.startswith("--gpus-per-node") for word in found) == bool(gpus)

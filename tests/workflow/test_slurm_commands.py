@@ -155,7 +155,7 @@ def test_two_nodes_and_a_container(checkout: Checkout) -> None:
     (words,) = recorded(checkout, "srun")
     assert words[: words.index("scripts/train.py")] == shlex.split(
         "--nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=1 --gpus-per-node=8"
-        " --kill-on-bad-exit=1 --quit-on-interrupt"
+        " --kill-on-bad-exit=1 --wait=0 --quit-on-interrupt"
         " apptainer exec --nv --bind /shared --bind /scratch /shared/megaqwen.sif python"
     )
     environment = json.loads((checkout.directory / "environment.json").read_text())

@@ -77,6 +77,8 @@ class Launch:
             f"--cpus-per-task={self.cpus_per_rank}",
             *([f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []),
             "--kill-on-bad-exit=1",
+            # The last rank of parity works on alone: a cluster's WaitTime is not for it.
+            "--wait=0",
             "--quit-on-interrupt",
             *self.rank(command),
         ]
