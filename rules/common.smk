@@ -16,7 +16,11 @@ from megaqwen.runs import read_runs
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import ended_lines, failed_lines, store_configs
-from megaqwen.submitted_jobs import watch_jobs
+from megaqwen.submitted_jobs import (
+    forgets_too_soon,
+    remembered_seconds,
+    watch_jobs,
+)
 from megaqwen.training.attempts import check_retry, check_started
 from megaqwen.training.earlier_job import wait_for_earlier_jobs
 from megaqwen.training.launch import Allocation
@@ -283,13 +287,25 @@ def slurm_extra(wildcards):
 
 def watch_slurm_jobs():
     """On a cluster, SIGTERM does as Ctrl-C: Snakemake would wait for its jobs to end, for a day if need be."""
-    executor = workflow.scheduler._executor
-    if hasattr(executor, "run_uuid"):  # the one that submits to Slurm
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        watch_jobs(executor, logger.warning)
+    executor, settings = workflow.scheduler._executor, workflow.executor_settings
+    if not hasattr(
+        executor, "run_uuid"
+    ):  # another one than that which submits to Slurm
+        return
+    remembered = remembered_seconds(executor)
+    not_by_squeue = forgets_too_soon(
+        remembered, settings.init_seconds_before_status_checks
+    )
+    check_arrays(not_by_squeue)
+    if settings.status_command == "squeue" and not_by_squeue:
+        logger.warning(
+            f"That somebody cancels a job will not be noticed: {not_by_squeue}"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    watch_jobs(executor, logger.warning, remembered)
 
 
-def check_arrays():
+def check_arrays(not_by_squeue):
     """An array that would never be submitted, or run wrongly, is refused before anything runs."""
     settings, scheduling = workflow.executor_settings, workflow.scheduling_settings
     if not getattr(settings, "array_jobs", None):
@@ -301,6 +317,7 @@ def check_arrays():
         jobs_at_once=getattr(scheduling.max_jobs_per_timespan, "max_jobs", None),
         status_command=settings.status_command,
         memory_added=not settings.disable_memory_fudge,
+        not_by_squeue=not_by_squeue,
     )
     layouts = [RUNS.layout(name) for name in RUNS.names]
     ranks = {ranks_of_layout(layout.config.train) for layout in layouts}
@@ -311,7 +328,6 @@ def check_arrays():
 def start():
     """Before the first job: what is left of an earlier start is seen to, and the configs are stored."""
     if workflow.non_local_exec:
-        check_arrays()
         watch_slurm_jobs()
     if RUNS.is_sweep:
         workflow.scheduler.keepgoing = (

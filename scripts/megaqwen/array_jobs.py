@@ -50,6 +50,8 @@ class ArraySettings:
     status_command: str | None
     memory_added: bool
     """Not slurm-disable-memory-fudge."""
+    not_by_squeue: str | None = None
+    """Why squeue would not be asked, though it is the status_command."""
 
 
 def array_mistakes(settings: ArraySettings, runs: int, ranks: Iterable[Any]) -> Iterator[str]:
@@ -74,6 +76,8 @@ def array_mistakes(settings: ArraySettings, runs: int, ranks: Iterable[Any]) -> 
         )
     if settings.status_command != "squeue":
         yield "slurm-status-command has to be squeue: sacct names the tasks of an array otherwise"
+    elif settings.not_by_squeue:
+        yield f"sacct would be asked in place of squeue. {settings.not_by_squeue}"
     if settings.memory_added:
         yield "slurm-disable-memory-fudge has to be true: mem_mb: 0 would become 1 MB"
     if len(set(ranks)) > 1:

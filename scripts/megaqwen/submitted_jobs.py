@@ -4,11 +4,16 @@ While it asks Slurm for the states of its jobs, it knows none of them: who press
 cancels nothing. It asks more and more seldom, until three minutes go by before the end of a job, or
 Ctrl-C, is heeded. And of a job that was preempted it expects that Slurm starts it again, which Slurm does
 not where PreemptMode is CANCEL or the job was submitted with --no-requeue: it would wait for ever.
+
+It asks sacct in place of the squeue that a profile names, where Slurm may forget ended jobs too soon
+(MinJobAge) or does not tell when asked. By sacct's answer it never learns that somebody cancelled a job,
+and takes the state of one task of an array for that of the others.
 """
 
 import atexit
 import logging
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +21,7 @@ from typing import Any
 
 SECONDS = 60  # that Slurm may take for an answer
 POLL_SECONDS = 30.0
+LOOKS = 3  # first pauses between looks for which the plugin wants ended jobs to be remembered
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +34,58 @@ def cancel_jobs(name: str) -> None:
         logger.warning("jobs may still run (scancel --name=%s ends them): %s", name, error)
 
 
-def watch_jobs(executor: Any, say: Callable[[str], None]) -> None:
+def remembered_seconds(executor: Any) -> int | None:
+    """How long Slurm remembers an ended job (MinJobAge); None where it does not tell.
+
+    Once it has told, the executor does not ask again before each look, when it may get no answer.
+    """
+    plugin: Any = sys.modules[type(executor).__module__]
+    seconds: int | None = plugin.get_min_job_age()
+    if seconds is not None:
+        plugin.get_min_job_age = lambda: seconds
+    return seconds
+
+
+def forgets_too_soon(remembered: int | None, first_look: int) -> str | None:
+    """Why Snakemake would ask sacct in place of squeue, and what to do; None where it does not.
+
+    Args:
+        remembered: Seconds, of `remembered_seconds`.
+        first_look: Seconds, of slurm-init-seconds-before-status-checks.
+    """
+    if remembered is None:
+        return (
+            "Slurm does not tell (scontrol show config) how long it remembers ended jobs: try again"
+        )
+    if remembered >= LOOKS * first_look:
+        return None
+    advice = (
+        f"set it to {remembered // LOOKS}" if remembered >= LOOKS else "MinJobAge has to be more"
+    )
+    return (
+        f"Slurm remembers ended jobs for {remembered} s (MinJobAge), less than {LOOKS} times"
+        f" slurm-init-seconds-before-status-checks, which is {first_look}: {advice}"
+    )
+
+
+def watch_jobs(executor: Any, say: Callable[[str], None], remembered: int | None = None) -> None:
     """Let Snakemake look after its jobs, try again what was preempted, and leave none behind.
 
     Args:
         executor: Of snakemake-executor-plugin-slurm.
         say: Tells a person of each job.
+        remembered: How many seconds Slurm remembers ended jobs for: they are looked at before.
     """
 
     atexit.register(cancel_jobs, executor.run_uuid)
+    longest = POLL_SECONDS if remembered is None else min(POLL_SECONDS, max(1, remembered // LOOKS))
 
     def watch() -> None:
         before: set[str] = set()
         while True:
-            time.sleep(POLL_SECONDS)
+            time.sleep(longest)
             pause = executor.next_seconds_between_status_checks
-            executor.next_seconds_between_status_checks = min(pause, int(POLL_SECONDS))
+            executor.next_seconds_between_status_checks = min(pause, int(longest))
             # Twice: in the first moments one that will be requeued looks the same.
             preempted = preempted_jobs(executor.run_uuid)
             for job in taken_out(executor, preempted & before):

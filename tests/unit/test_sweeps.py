@@ -17,6 +17,7 @@ from megaqwen.config.reading import ConfigError
 from megaqwen.layout import Layout
 from megaqwen.provenance import write_json
 from megaqwen.runs import Runs, read_runs
+from megaqwen.submitted_jobs import forgets_too_soon
 from megaqwen.summary import ended_lines, store_configs
 
 GRID = {"train.lr": [1.0e-3, 2.0e-3], "train.seed": [1, 2]}
@@ -182,6 +183,19 @@ def test_arrays_that_would_stall_or_go_wrong_are_refused() -> None:
     for name, value in {**wrong, "memory_added": True}.items():
         (words,) = array_mistakes(ArraySettings(**{**good, name: value}), 200, [2])
         assert name.split("_")[0] in words
+    (words,) = array_mistakes(ArraySettings(**good, not_by_squeue="Slurm forgets"), 200, [2])
+    assert "sacct would be asked in place of squeue. Slurm forgets" in words
     (words,) = array_mistakes(ArraySettings(**good), 200, [2, 4])
     assert "different numbers of ranks" in words
     assert list(array_mistakes(ArraySettings(**{**good, **wrong}), 1, [2])) == []
+
+
+def test_squeue_is_asked_where_slurm_remembers_ended_jobs_for_a_while() -> None:
+    profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
+    first_look = profile["slurm-init-seconds-before-status-checks"]
+    assert forgets_too_soon(60, first_look) is None
+    assert "20 s (MinJobAge)" in (words := forgets_too_soon(20, 10) or "") and words.endswith(
+        "to 6"
+    )
+    assert (forgets_too_soon(2, 1) or "").endswith("MinJobAge has to be more")
+    assert "does not tell" in (forgets_too_soon(None, 10) or "")

@@ -7,6 +7,7 @@ runs: the files that the jobs declare appear at once, so that Snakemake and its 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,9 @@ from pathlib import Path
 TOOLS = ("sbatch", "squeue", "sacct", "sacctmgr", "sinfo", "scontrol", "scancel")
 STATE = "FAKE_SLURM"
 OUTPUTS = "FAKE_SLURM_OUTPUTS"
-CONFIG = "MaxArraySize = 1001\nMinJobAge = 300 sec\n"
+REMEMBERS = (
+    "FAKE_SLURM_MIN_JOB_AGE"  # seconds; with it, scontrol gives no answer once there is a job
+)
 
 
 def install(directory: Path) -> dict[str, str]:
@@ -91,17 +94,28 @@ def states(state: Path) -> str:
     return "".join(f"{path.name}|{path.read_text().strip()}\n" for path in jobs)
 
 
+def config(state: Path) -> str:
+    """What scontrol says."""
+    if REMEMBERS in os.environ and states(state):
+        sys.exit("Unable to contact slurm controller (connect failure)")
+    return f"MaxArraySize = 1001\nMinJobAge = {os.environ.get(REMEMBERS, 300)} sec\n"
+
+
 def main() -> None:
     """A call of one of the tools."""
     name, *words = sys.argv[1:]
     state = Path(os.environ[STATE])
     with open(state / "calls.txt", "a") as stream:
         stream.write(f"{name}\n")
-    said = {"sacctmgr": "lab\n", "sinfo": "gpu*\n", "scontrol": CONFIG, "squeue": ""}
+    said = {"sacctmgr": "lab\n", "sinfo": "gpu*\n"}
+    if name == "scontrol":
+        said[name] = config(state)
     if name == "sbatch":
         said[name] = submit(state, words) + "\n"
     if name == "squeue" and "--states=all" in words:
         said[name] = states(state)
+    if name == "sacct" and "-X" in words:  # a task of an array is not named as squeue names it
+        said[name] = re.sub(r"_\d+\|\w+", "|FAILED", states(state))
     sys.stdout.write(said.get(name, ""))
 
 

@@ -117,7 +117,8 @@ def test_the_trainings_are_one_array_and_each_task_trains_its_own_run(
     copy.run("all", "--until", "parity_gate", *words)
     hurry(copy)
     (copy.directory / "ran.txt").write_text("")
-    environment = fake_slurm.install(tmp_path / "slurm")
+    # Slurm remembers jobs as long as it has to, and says so before there are some.
+    environment = fake_slurm.install(tmp_path / "slurm") | {fake_slurm.REMEMBERS: "3"}
     cluster = ("--profile", "slurm", "all", "--until", "train")
     done = copy.snakemake(*cluster, *words, environment=environment)
     logs = [path.read_text() for path in (tmp_path / "slurm" / "jobs").glob("*.log")]
@@ -131,6 +132,7 @@ def test_a_profile_whose_arrays_would_stall_is_refused(checkout: Checkout, tmp_p
     environment = fake_slurm.install(tmp_path / "slurm")
     fits = overlay(checkout, "fits.yaml", train=FITS)
     words = ("--profile", "slurm", "all", "--jobs", 3, *WORDS, fits)
-    done = checkout.snakemake(*words, environment=environment)
+    done = checkout.snakemake(*words, environment=environment | {fake_slurm.REMEMBERS: "20"})
     assert done.returncode != 0 and "sbatch" not in fake_slurm.calls(environment)
     assert "jobs is 3, and 4 jobs of a rule are ready at once" in done.stdout, done.stdout
+    assert "remembers ended jobs for 20 s (MinJobAge)" in done.stdout, done.stdout
