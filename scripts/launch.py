@@ -68,7 +68,7 @@ def main() -> int:
         sys.stdout.write(shlex.join(command) + "\n")
         return 0
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
-    log = LaunchLog(path=arguments.log)
+    log = LaunchLog(path=arguments.log, count=arguments.nodes * arguments.ranks_per_node)
     stop_with_snakemake()
     try:
         if arguments.checkpoints:

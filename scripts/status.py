@@ -3,8 +3,9 @@
     python scripts/status.py
     python scripts/status.py --results results my-run another-run
 
-A line for each run: its stage and whether that runs, failed or waits, training's Slurm job, nodes,
-iteration, loss and time left, and how long ago the stage last wrote something.
+A line for each run: its stage and whether that runs, waits, failed or was told to stop, training's
+Slurm job, nodes, iteration, loss and time left, and how long ago the stage last wrote something. The
+exit status is 2 where a run's config cannot be read.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megaqwen.errors import InputError
-from megaqwen.run_status import run_status, table
+from megaqwen.run_status import RunStatus, run_status, table
 
 
 def main() -> int:
@@ -25,12 +26,16 @@ def main() -> int:
     arguments = parser.parse_args()
     directory = arguments.results / "runs"
     names = arguments.runs or sorted(path.parent.name for path in directory.glob("*/config.yaml"))
-    try:
-        sys.stdout.write(table([run_status(directory / name) for name in names]))
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    rows, errors = [], []
+    for name in names:
+        try:
+            rows.append(run_status(directory / name))
+        except InputError as error:
+            rows.append(RunStatus(run=name, stage="no config"))
+            errors.append(f"error: {name}: {error}\n")
+    sys.stdout.write(table(rows))
+    sys.stderr.writelines(errors)
+    return 2 if errors else 0
 
 
 if __name__ == "__main__":

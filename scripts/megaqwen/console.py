@@ -15,7 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from megaqwen.errors import InputError, Stopped, disk_is_full, is_disk_full
+from megaqwen.errors import (
+    INTERRUPTED,
+    STOPPED,
+    InputError,
+    Stopped,
+    disk_is_full,
+    is_disk_full,
+)
 
 LOGGER_NAME = "megaqwen"
 EXIT_FAILED = 1
@@ -122,10 +129,10 @@ def run_command(
         logger.error("error: %s", error)
         return EXIT_BAD_INPUT
     except Stopped as stopped:
-        logger.error("%s", stopped)
+        logger.error("%s%s", STOPPED, stopped)
         return EXIT_STOPPED
     except KeyboardInterrupt as interrupt:
-        logger.error("interrupted: nothing unfinished was kept under its final name")
+        logger.error("%snothing unfinished was kept under its final name", INTERRUPTED)
         return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
     except SystemExit:
         raise

@@ -13,8 +13,12 @@ class InputError(Exception):
 class Stopped(Exception):
     """A stage was told to stop, and what it did is kept: the same command goes on from there.
 
-    A stage command prints its message alone and exits with 75, sysexits.h's "try again".
+    A stage command prints its message behind STOPPED and exits with 75, sysexits.h's "try again".
     """
+
+
+# How the last words of a process begin that was told to end: as asked, or at once.
+STOPPED, INTERRUPTED = "stopped: ", "interrupted: "
 
 
 def disk_is_full(error: BaseException) -> str:

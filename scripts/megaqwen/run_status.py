@@ -1,5 +1,6 @@
 """What a run is at, told from its files: logs, manifests, training's metrics and the job it named."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config import load_config
-from megaqwen.errors import InputError
+from megaqwen.config.rank_options import ranks_of_layout
+from megaqwen.errors import INTERRUPTED, STOPPED, InputError
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
 from megaqwen.runs import KEYS
-from megaqwen.summary import ends_in_error
+from megaqwen.summary import last_error
+from megaqwen.training.attempts import read_attempts
+from megaqwen.training.logs import rank_of
 from megaqwen.training.metrics import read_metrics
 from megaqwen.words import duration
 
@@ -27,7 +31,7 @@ class RunStatus:
 
     run: str
     stage: str
-    """Such as `train running`, `export failed`, `preprocess waiting`, or `done`."""
+    """Such as `train running`, `train stopped`, `export failed`, `preprocess waiting`, or `done`."""
     job: str = ""
     nodes: str = ""
     iteration: str = ""
@@ -42,7 +46,7 @@ def run_status(directory: Path) -> RunStatus:
     """What the run in `results/runs/NAME` is at.
 
     Raises:
-        InputError: There is no such run.
+        InputError: There is no such run, or its config is refused, as after an update.
     """
     file = directory / "config.yaml"
     if not file.is_file():
@@ -70,20 +74,41 @@ def run_status(directory: Path) -> RunStatus:
     logs = sorted(stage_logs(top, layout, stage), key=lambda log: log.stat().st_mtime)
     state = "waiting"
     if logs:
-        state = "failed" if any(map(ends_in_error, logs)) else "running"
+        state = state_by(logs)
         trained["changed"] = f"{duration(time.time() - logs[-1].stat().st_mtime)} ago"
     if state != "running" or stage != "train":
         trained.pop("left", None)
     return RunStatus(run=directory.name, stage=f"{stage} {state}", **trained)
 
 
+def state_by(logs: Sequence[Path]) -> str:
+    """What the last words in a stage's logs tell: `running`, `failed`, or `stopped` when told to."""
+    errors = [error for log in logs if (error := last_error(log))]
+    told = [error for error in errors if error.startswith((STOPPED, INTERRUPTED))]
+    if len(told) == len(errors) and any(error.startswith(STOPPED) for error in told):
+        return "stopped"
+    return "failed" if errors else "running"
+
+
 def stage_logs(results: Path, layout: Layout, stage: str) -> list[Path]:
-    """The logs of a stage; of one that the runs of a sweep share, those of the sweep as well."""
+    """The logs of a stage; of one that the runs of a sweep share, those of the sweep as well.
+
+    Without those of ranks that it had before, under another layout.
+    """
     logs = [*(results / "runs" / layout.config.run / "logs").glob(f"{stage}.log*")]
     if stage in KEYS:
         key = getattr(layout, KEYS[stage]).name
         logs += (results / "sweeps").glob(f"*/logs/{stage}.{key}.log*")
-    return logs
+    ranks = ranks_of(results, layout, stage)
+    return [log for log in logs if rank_of(log) < ranks]
+
+
+def ranks_of(results: Path, layout: Layout, stage: str) -> float:
+    """How many ranks a stage has, in training's newest start; infinity where that is not known."""
+    if stage != "train":
+        return ranks_of_layout(layout.config.train)
+    starts = read_attempts(results / layout.checkpoints.relative_to(layout.results))
+    return starts[-1].ranks if starts else math.inf
 
 
 def training(directory: Path, digest: str, iterations: int) -> dict[str, str]:

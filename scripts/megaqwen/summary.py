@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from megaqwen.config import Config
+from megaqwen.errors import STOPPED
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json, write_text
 from megaqwen.runs import Runs
 from megaqwen.sweep_table import sweep_lines
-from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM
+from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM, rank_of
 
 
 def resolved_yaml(config: Config) -> str:
@@ -71,7 +72,6 @@ def run_lines(layout: Layout) -> list[str]:
 KILLED_LINES = 40  # of the launcher's log, at most
 RANK_LINES = 5
 SHOWN_RANKS = 4
-RANK_LOG = re.compile(r"\.rank(\d+)\.log$")
 SRUN_TASK = re.compile(r"tasks? (\d+): (?!Terminated)")
 LOGGED = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ([A-Z]+) ", re.MULTILINE)
 
@@ -86,10 +86,14 @@ def failed_lines(logs: Path, since: float) -> list[str]:
     written = [log for log in sorted(logs.glob("*.log")) if log.stat().st_mtime >= since]
     for log in written:
         if text := last_error(log):
-            errors.setdefault(text, f"{log.name.split('.')[0]} failed: {text}")
+            stage = log.name.split(".")[0]
+            errors.setdefault(
+                text, f"{stage} {text if text.startswith(STOPPED) else f'failed: {text}'}"
+            )
     lines = list(errors.values())
     for launcher in written:
         ranks = [log for log in written if log.name.startswith(f"{launcher.name}.rank")]
+        ranks.sort(key=rank_of)
         if ranks and not any(map(ends_in_error, ranks)):
             lines += killed_lines(launcher, ranks)
     return lines
@@ -120,7 +124,7 @@ def killed_lines(launcher: Path, ranks: list[Path]) -> list[str]:
     said = launcher.read_text(encoding="utf-8", errors="replace").splitlines()[-KILLED_LINES:]
     words = [line for line in said if SLURM.match(line)]
     lost = [int(number) for line in words for number in SRUN_TASK.findall(line)]
-    named = [log for log in ranks if int(RANK_LOG.search(log.name)[1]) in lost]  # type: ignore[index]
+    named = [log for log in ranks if rank_of(log) in lost]
     if not words:
         return []
     lines = [f"{launcher.stem} failed: a rank was killed or its node was lost", *words]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from commands import run_script, write_config
 from megaqwen.config import load_config
 from megaqwen.layout import Layout
 from megaqwen.provenance import write_json
+from megaqwen.run_status import run_status
 from megaqwen.summary import failed_lines
+from megaqwen.training.attempts import next_attempt, record_start
 from megaqwen.training.logs import MORE_MEMORY, LaunchLog
 
 SRUN = """srun: error: node2: task 1: Killed
@@ -74,10 +77,41 @@ def test_a_run_that_failed_and_one_that_is_done(results: Path) -> None:
     assert row == ["trains", "done", "77", "gpu[003-004]", "80/320", "5"]
 
 
-def test_no_such_run(results: Path) -> None:
-    done = run_script("status.py", "--results", results, "other")
+def log_of(results: Path, rank: int) -> Path:
+    return results / "runs" / "trains" / "logs" / f"train.log.rank{rank}.log"
+
+
+def test_a_run_that_was_told_to_stop(results: Path) -> None:
+    stopped = "stopped: iteration 80 of 320 is saved"
+    for rank, error in enumerate((stopped, "interrupted: nothing")):
+        with open(log_of(results, rank), "a") as stream:
+            stream.write(f"2026-11-25 10:00:09,000 ERROR {error}\n")
+    assert run_status(results / "runs" / "trains").stage == "train stopped"
+    assert f"train {stopped}" in failed_lines(results / "runs" / "trains" / "logs", 0)
+    with open(log_of(results, 2), "a") as stream:
+        stream.write("2026-11-25 10:00:08,000 ERROR error: no memory\n")
+    assert run_status(results / "runs" / "trains").stage == "train failed"
+
+
+def test_what_ranks_of_an_earlier_layout_said_is_past(results: Path) -> None:
+    run = results / "runs" / "trains"
+    log_of(results, 2).write_text("2026-11-25 09:00:00,000 ERROR error: no memory\n")
+    assert run_status(run).stage == "train failed"
+    layout = Layout(config=load_config(run / "config.yaml"))
+    start = next_attempt(layout.checkpoints, resumed=0, ranks=2, log=log_of(results, 0))
+    record_start(layout.checkpoints, start)
+    assert run_status(run).stage == "train running"
+
+
+def test_a_run_that_is_not_there_or_whose_config_is_refused_hides_no_other(results: Path) -> None:
+    write_config(results / "runs" / "waits" / "config.yaml", model={"source": "nowhere"})
+    done = run_script("status.py", "--results", results, "other", "waits", "trains")
     assert done.returncode == 2
-    assert "no run of that name was started" in done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:3] for row in rows[1:3]] == [["other", "no", "config"], ["waits", "no", "config"]]
+    assert rows[3][:3] == ["trains", "train", "running"]
+    assert "error: other: " in done.stderr and "no run of that name was started" in done.stderr
+    assert "error: waits: " in done.stderr and "nowhere" in done.stderr
 
 
 def test_of_a_rank_without_memory_that_is_said(tmp_path: Path) -> None:
@@ -94,6 +128,57 @@ def test_of_a_rank_without_memory_that_is_said(tmp_path: Path) -> None:
         stream.write(f"{killed}\n")
     assert log.reason() == f"{killed} ({MORE_MEMORY})"
     assert MORE_MEMORY in failed_lines(tmp_path, 0)
+
+
+@pytest.fixture
+def of_ranks(tmp_path: Path) -> Callable[..., LaunchLog]:
+    """A launcher's log, and what ranks said after its start, as `rank=words`, in that order of time."""
+
+    def said(count: int, **ranks: str) -> LaunchLog:
+        log = LaunchLog(path=tmp_path / "train.log", count=count)
+        log.path.touch()
+        log.start()
+        for second, (rank, words) in enumerate(ranks.items()):
+            with open(tmp_path / f"train.log.{rank}.log", "a") as stream:
+                stream.write(f"2026-11-25 10:00:{second:02},000 {words}\nan ERROR of a library's\n")
+        return log
+
+    return said
+
+
+def test_the_reason_is_the_error_that_came_first(of_ranks: Callable[..., LaunchLog]) -> None:
+    log = of_ranks(3, rank2="ERROR error: a", rank1="ERROR error: b", rank0="ERROR interrupted: n")
+    assert log.reason() == "error: a"
+
+
+def test_what_ranks_that_were_told_to_end_say_comes_last(
+    of_ranks: Callable[..., LaunchLog],
+) -> None:
+    log = of_ranks(3, rank0="ERROR interrupted: nothing", rank1="INFO fine", rank2="ERROR error: c")
+    assert log.reason() == "error: c"
+    log = of_ranks(2, rank0="ERROR interrupted: nothing", rank1="ERROR stopped: iteration 4")
+    assert log.reason() == "stopped: iteration 4"
+    log = of_ranks(2, rank0="ERROR interrupted: nothing", rank1="INFO fine")
+    log.path.write_text(SRUN)
+    assert log.reason() == SRUN.splitlines()[0]
+
+
+def test_the_last_rank_is_the_one_that_speaks(
+    of_ranks: Callable[..., LaunchLog], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {f"rank{number}": "INFO fine" for number in range(12)}
+    log = of_ranks(11, **names | {"rank10": "ERROR error: said on the terminal"})
+    assert [path.name for path in log.ranks()][-2:] == [
+        "train.log.rank9.log",
+        "train.log.rank10.log",
+    ]
+    log.say_failure()
+    assert "ended without a message" not in capsys.readouterr().err
+    log = of_ranks(11, **names | {"rank3": "ERROR error: no memory"})
+    log.say_failure()
+    said = capsys.readouterr().err
+    assert "train.log.rank3.log: error: no memory" in said
+    assert "train.log.rank10.log: ended without a message" in said and "rank11" not in said
 
 
 def test_of_a_rank_that_was_killed_the_last_lines_are_said(tmp_path: Path) -> None:

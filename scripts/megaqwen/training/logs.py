@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FAILED = " ERROR "  # a record's level, as console.py formats it
+from megaqwen.errors import INTERRUPTED, STOPPED
+
+RANK_LOG = re.compile(r"\.rank(\d+)\.log$")
+ERROR = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+) ERROR (.*)")  # a record, as console.py formats it
 SLURM = re.compile(r"(srun|slurmstepd\S*): error: ")  # how Slurm's own words on ranks begin
 # In them, without cgroups and with: a rank took more memory than the job has.
 NO_MEMORY = re.compile(r"exceeded .*memory limit|oom[_-]kill|out of memory", re.IGNORECASE)
@@ -17,11 +20,28 @@ MORE_MEMORY = (
 )
 
 
+@dataclass(frozen=True, order=True)
+class RankError:
+    """The last error that a rank logged."""
+
+    moment: str
+    """When, as console.py writes it."""
+    text: str
+
+
+def rank_of(log: Path) -> int:
+    """The rank whose log this is; -1 where it is none's."""
+    found = RANK_LOG.search(log.name)
+    return int(found[1]) if found else -1
+
+
 @dataclass(kw_only=True)
 class LaunchLog:
     """LOG, and LOG.rankN.log of each rank: all starts append to them."""
 
     path: Path
+    count: int | None = None
+    """How many ranks there are; None: as many as have a log."""
     lengths: dict[Path, int] = field(default_factory=dict)
     """Of all of them when the ranks were started."""
 
@@ -37,8 +57,13 @@ class LaunchLog:
             stream.write(f"{moment},000 {level} {text}\n")
 
     def ranks(self) -> list[Path]:
-        """The ranks' logs that are there."""
-        return sorted(self.path.parent.glob(f"{self.path.name}.rank*.log"))
+        """The ranks' logs that are there, in order; without those of ranks that an earlier start had."""
+        found = self.path.parent.glob(f"{self.path.name}.rank*.log")
+        return [
+            log
+            for rank, log in sorted((rank_of(log), log) for log in found)
+            if self.count is None or rank < self.count
+        ]
 
     def start(self) -> None:
         """From here on the ranks of this start write."""
@@ -51,12 +76,12 @@ class LaunchLog:
             stream.seek(self.lengths.get(path, 0))
             return stream.read().splitlines()
 
-    def errors(self) -> dict[Path, str]:
-        """The last error of each rank since the start; empty where it logged none."""
-        found = {}
+    def errors(self) -> dict[Path, RankError | None]:
+        """The last error of each rank since the start; None where it logged none."""
+        found: dict[Path, RankError | None] = {}
         for path in self.ranks():
-            lines = [line for line in self.lines(path) if FAILED in line]
-            found[path] = lines[-1].split(FAILED, 1)[1] if lines else ""
+            records = [record for line in self.lines(path) if (record := ERROR.match(line))]
+            found[path] = RankError(*records[-1].groups()) if records else None
         return found
 
     def slurm_errors(self) -> list[str]:
@@ -67,13 +92,21 @@ class LaunchLog:
     def say_failure(self) -> None:
         """Say which rank failed and with what, unless the last one has said it on the terminal."""
         errors = self.errors()
-        if errors and not list(errors.values())[-1]:
+        *_, said = (None, *errors.values())
+        if errors and (said is None or said.text.startswith(INTERRUPTED)):
             for path, error in errors.items():
-                self.say(f"{path.name}: {error or 'ended without a message'}")
+                self.say(f"{path.name}: {error.text if error else 'ended without a message'}")
         self.say(f"logs of the ranks: {self.path}.rank*.log")
 
     def reason(self) -> str:
-        """The first error that any rank logged since the start, or else Slurm's words."""
-        errors = (*self.errors().values(), *self.slurm_errors())
-        error = next(filter(None, errors), "no rank left a message")
+        """The error that came first of those that ranks logged since the start, or else Slurm's words.
+
+        What ranks say that were told to end comes after: they all save together, or another one failed.
+        """
+        errors = [each.text for each in sorted(filter(None, self.errors().values()))]
+        stopped = [text for text in errors if text.startswith(STOPPED)]
+        interrupted = [text for text in errors if text.startswith(INTERRUPTED)]
+        failed = [text for text in errors if text not in (*stopped, *interrupted)]
+        found = (*failed, *stopped, *self.slurm_errors(), *interrupted, "no rank left a message")
+        error = found[0]
         return f"{error} ({MORE_MEMORY})" if NO_MEMORY.search(error) else error

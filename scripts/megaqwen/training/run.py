@@ -118,7 +118,7 @@ def pretrain_on(run: TrainingRun) -> None:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
         raise Stopped(
-            f"stopped: iteration {tracked_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
+            f"iteration {tracked_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
         ) from stop
     saving.finish()
     torch.distributed.barrier()
