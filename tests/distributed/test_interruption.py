@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from commands import ROOT
-from megaqwen.checkpoints import TRACKER
+from megaqwen.checkpoints import TRACKER, wrong_checksums
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import KILLED, read_attempts
 from megaqwen.training.lease import this_process
@@ -224,30 +224,66 @@ def test_a_save_may_take_longer_than_torchrun_would_wait(start: Callable[..., St
     assert len(started.all("saved")) == 2
 
 
-def test_a_stopped_training_saves_and_goes_on(workspace: Workspace) -> None:
-    options = {"train_iters": 40, "save_interval": 1000, "eval_interval": 1000}
+SLOW_CHECKSUMS = """
+import sys, time
+sys.path.insert(0, "{scripts}")
+import train
+from megaqwen import checkpoints
+write = checkpoints.write_checksums
+checkpoints.write_checksums = lambda *words: time.sleep(2) or write(*words)
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
+
+
+def stopped(words: Sequence[str], output: Path, how: Callable[[psutil.Process], None]) -> str:
+    """Start a training of 40 iterations, stop it after three more, look at what it left; what it said."""
+    before = iterations(output)
     process = subprocess.Popen(
-        [
-            *(sys.executable, ROOT / "scripts" / "launch.py"),
-            *workspace.launch_words("stopped", 2, options),
-        ],
+        [sys.executable, ROOT / "scripts" / "launch.py", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    output = workspace.directory / "stopped"
-    eventually(lambda: iterations(output) >= 3, 200, process)
-    process.send_signal(signal.SIGTERM)
+    eventually(lambda: iterations(output) >= before + 3, 200, process)
+    how(psutil.Process(process.pid))
     said, _ = process.communicate(timeout=120)
-    assert [one for one in psutil.process_iter(["cmdline"]) if str(output) in words(one)] == []
+    assert [one for one in psutil.process_iter(["cmdline"]) if str(output) in words_of(one)] == []
     (checkpoints,) = (output / "checkpoints").iterdir()
     saved = int((checkpoints / TRACKER).read_text())
-    assert process.returncode == 143
-    assert 3 <= saved < 40 and saved == len(losses(checkpoints))
+    assert before + 3 <= saved < 40 and saved == len(losses(checkpoints))
     assert f"stopped: iteration {saved} of 40 is saved" in said
-    assert f"the same command goes on after iteration {saved}" in said
     assert not (output / "manifest.json").exists()
+    return f"{said}\nexit status {process.returncode}"
+
+
+def before_the_time_limit(launcher: psutil.Process) -> None:
+    """As Slurm does: the ranks alone get the signal."""
+    (torchrun,) = launcher.children()
+    for rank in torchrun.children():
+        rank.send_signal(signal.SIGUSR1)
+
+
+def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Path) -> None:
+    options = {"train_iters": 40, "save_interval": 1000, "eval_interval": 1000}
+    output = workspace.directory / "stopped"
+    command = workspace.launch_words("stopped", 2, options)
+    slow = tmp_path / "train.py"
+    slow.write_text(SLOW_CHECKSUMS.format(scripts=ROOT / "scripts"))
+    slowly = [str(slow) if word == str(ROOT / "scripts" / "train.py") else word for word in command]
+    stopped(slowly, output, before_the_time_limit)
+    (checkpoints,) = (output / "checkpoints").iterdir()
+    last = checkpoints / f"iter_{int((checkpoints / TRACKER).read_text()):07}"
+    assert wrong_checksums(last) == []
+    assert {path.name for path in last.glob("checksums.*")} == {
+        f"checksums.rank{path.name.split('_')[2]}.json" for path in last.glob("__*")
+    }
+
+    said = stopped(command, output, lambda launcher: launcher.send_signal(signal.SIGTERM))
+    saved = int((checkpoints / TRACKER).read_text())
+    assert f"the same command goes on after iteration {saved}" in said
+    assert said.endswith("exit status 143")
 
     cut_short = checkpoints / f"iter_{saved + 1:07}"
     cut_short.mkdir()
@@ -277,7 +313,7 @@ def is_zombie(process: psutil.Process) -> bool:
         return True
 
 
-def words(process: psutil.Process) -> list[str]:
+def words_of(process: psutil.Process) -> list[str]:
     return process.info["cmdline"] or []
 
 

@@ -117,6 +117,7 @@ def pretrain_on(run: TrainingRun) -> None:
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
+        saving.finish_stopped()  # what is resumed from has checksums as well
         raise Stopped(
             f"iteration {tracked_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
         ) from stop

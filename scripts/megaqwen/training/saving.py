@@ -4,6 +4,7 @@ Before it the lease is looked at; after it, and before Megatron's tracker names 
 are recorded; checksums follow, and older checkpoints go, in the background.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -27,6 +28,7 @@ from megaqwen.training.lease import check_held, token_of_launcher
 
 logger = logging.getLogger("megaqwen.training")
 
+STOPPING_SECONDS = 60.0  # that checksums may take of a stopped training's time to leave
 FULL = 16 << 20  # bytes that are free on a disk which a checkpoint filled, at the most
 LAYOUT = {
     "tensor": "tensor_model_parallel_size",
@@ -120,11 +122,22 @@ class Saving:
         except OSError as error:  # the checkpoint is whole without
             logger.warning("checksums of %s were not recorded: %s", directory, error)
 
-    def finish(self) -> None:
-        """Wait for the background's work."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait for the background's work, for so many seconds at the most."""
         if self.background:
-            self.background.join()
+            self.background.join(seconds)
             self.background = None
+
+    def finish_stopped(self) -> None:
+        """Wait for it on all ranks before any of them leaves: the first one's end is the others'.
+
+        A kill in between costs checksums, and no checkpoint.
+        """
+        if not self.background:
+            return
+        self.finish(STOPPING_SECONDS)
+        with contextlib.suppress(RuntimeError):  # a rank that failed meanwhile says so itself
+            torch.distributed.barrier()
 
 
 def what_failed(error: CheckpointException, directory: Path) -> Exception:
