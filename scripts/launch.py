@@ -27,7 +27,7 @@ from pathlib import Path
 
 from megaqwen.checkpoints import newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
-from megaqwen.errors import InputError, disk_is_full, is_disk_full
+from megaqwen.errors import STOPPED, InputError, disk_is_full, is_disk_full
 from megaqwen.training import attempts
 from megaqwen.training.launch import CONTAINERS, Launch
 from megaqwen.training.lease import Lease, leased
@@ -153,7 +153,8 @@ def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -
             record,
             reached=newest_finished(directory),
             reason=reason,
-            failed=bool(ended.code) and not ended.signal,
+            # Before a time limit Slurm tells the ranks alone to stop.
+            failed=bool(ended.code) and not (ended.signal or reason.startswith(STOPPED)),
         )
     if ended.code and ended.signal:
         log.say(f"interrupted; {what_was_kept(directory)}")

@@ -274,7 +274,9 @@ def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Pa
     slowly = [str(slow) if word == str(ROOT / "scripts" / "train.py") else word for word in command]
     stopped(slowly, output, before_the_time_limit)
     (checkpoints,) = (output / "checkpoints").iterdir()
-    last = checkpoints / f"iter_{int((checkpoints / TRACKER).read_text()):07}"
+    (attempt,) = read_attempts(checkpoints)
+    assert attempt.reason.startswith("stopped: ") and not attempt.failed
+    last = checkpoints / f"iter_{attempt.reached:07}"
     assert wrong_checksums(last) == []
     assert {path.name for path in last.glob("checksums.*")} == {
         f"checksums.rank{path.name.split('_')[2]}.json" for path in last.glob("__*")
