@@ -307,6 +307,7 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("eod_mask_loss", True, "text joined by end-of-document tokens"),
         ("ckpt_format", "torch", "written and resumed as torch_dist"),
         ("wandb_project", "qwen", "the `tracking` section"),
+        ("tensorboard_log_interval", 10, "each iteration's figures are kept"),
         ("save_retain_interval", 60, "checkpoints.keep_every and keep_last"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),
         ("train_samples", 8, "use train_iters"),

@@ -136,6 +136,21 @@ def test_alarms_are_kept_and_said(
     assert {"iteration": 2, "alarm": "the loss is nan"} in read_metrics(file)
 
 
+def test_an_iteration_of_which_no_loss_is_told_is_no_usual_one(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    ours = writer(file, iterations=100)
+    for iteration in range(1, 31):
+        if iteration % 2:
+            clock[0] += 1.0
+            ours.end_iteration(iteration)
+        else:
+            iterate(ours, clock, iteration, 1.0)
+    assert not [record for record in read_metrics(file) if "alarm" in record]
+    assert len(ours.alarms.losses) == 15
+
+
 def test_time_left_is_recorded_once_it_is_known(tmp_path: Path, clock: list[float]) -> None:
     file = tmp_path / "metrics.jsonl"
     ours = writer(file)

@@ -18,6 +18,7 @@ TOKENIZER = "the model's own tokenizer is used: text is tokenized by preprocess"
 CHECKPOINTS = "checkpoints are written and resumed as torch_dist in one way, which export reads"
 RETAINED = "checkpoints.keep_every and keep_last say which stay: the newest whole one always does"
 TRACKED = "the `tracking` section says where curves go, so that naming a place trains nothing again"
+LOGGED = "each iteration's figures are kept: metrics.jsonl, alarms and curves are made of them"
 LAUNCH = "the launcher and the machine decide it"
 SIGNALS = "training always saves and stops when it is told to: the profile chooses the signal"
 ITERATIONS = "training is counted in iterations: use train_iters, lr_decay_iters, lr_warmup_iters"
@@ -75,6 +76,7 @@ BY_NAME: dict[str, str] = {
         replication_factor""",
     RETAINED: "save_retain_interval",
     TRACKED: "wandb_project wandb_exp_name wandb_entity",
+    LOGGED: "tensorboard_log_interval",
     LAUNCH: """
         distributed_backend local_rank lazy_mpu_init fake_process_group transformer_impl
         use_cpu_initialization use_gloo_process_groups""",

@@ -174,9 +174,9 @@ class MetricsWriter:
             last=iteration == self.iterations,
             iteration=iteration,
         )
-        loss, norm = (self.pending.get(name, 0.0) for name in ("loss", "gradient_norm"))
+        loss, norm = self.pending.get("loss"), self.pending.get("gradient_norm", 0.0)
         # The first iteration after a start says nothing of how long one takes.
-        if iteration > self.first_iteration + 1:
+        if iteration > self.first_iteration + 1 and loss is not None:
             alarms = self.alarms.observe(iteration, loss=loss, gradient_norm=norm, seconds=seconds)
             for text in alarms:
                 self.alarm(text)
