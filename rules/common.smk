@@ -158,8 +158,8 @@ def parity_extra(rule):
 
 
 def parity_launch(wildcards, resources):
-    """What starts them."""
-    return f"python {SCRIPTS / 'launch.py'}"
+    """What starts them: unbound, since the last one takes the CPUs of the others when they are through."""
+    return f"python {SCRIPTS / 'launch.py'} --cpu-bind none"
 
 
 def parity_command(wildcards, resources):

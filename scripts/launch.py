@@ -57,6 +57,7 @@ def main() -> int:
         ranks_per_node=arguments.ranks_per_node,
         gpus_per_node=arguments.gpus_per_node,
         cpus_per_rank=arguments.cpus_per_rank,
+        cpu_bind=arguments.cpu_bind,
         modules=arguments.modules,
         container=arguments.container,
         container_runtime=arguments.container_runtime,
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--ranks-per-node", type=int, default=1)
     options.add_argument("--gpus-per-node", type=int, default=0)
     options.add_argument("--cpus-per-rank", type=int, default=1)
+    options.add_argument("--cpu-bind", default="", help="srun's option of this name")
     options.add_argument("--modules", default="", help="environment modules to load before srun")
     options.add_argument("--container", default="", help="an image in which srun starts the ranks")
     options.add_argument("--container-runtime", choices=CONTAINERS, default="apptainer")

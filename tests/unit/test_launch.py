@@ -43,13 +43,16 @@ def test_one_rank_is_started_alike_and_torchrun_is_the_default(tmp_path: Path) -
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_srun_has_every_flag_spelled_out(tmp_path: Path, gpus: int) -> None:
     flags = {"nodes": 2, "ranks_per_node": 8, "cpus_per_rank": 12, "gpus_per_node": gpus}
-    found = dry_run(tmp_path, *options(launcher="srun", **flags))
+    bound = {"cpu_bind": "none"} if gpus else {}
+    found = dry_run(tmp_path, *options(launcher="srun", **flags, **bound))
     end = found.index(sys.executable)
     assert found[0] == "srun"
     assert set(found[1:end]) >= {
         *("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"),
         *("--kill-on-bad-exit=1", "--wait=0"),
     }
+    assert ("--cpu-bind=none" in found) == bool(gpus)
+    assert any(word.startswith("--cpu-bind") for word in found) == bool(gpus)
     assert ("--gpus-per-node=8" in found) == bool(gpus)
     assert any(word.startswith("--gpus-per-node") for word in found) == bool(gpus)
     assert found[end + 1 :] == [*COMMAND, "--log", str(tmp_path / "deep/log")]

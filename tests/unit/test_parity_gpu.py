@@ -1,5 +1,6 @@
 """The gate on what a GPU computes in training's dtype: what is asked of it, and what is not and why."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from megaqwen.environment import Surroundings, surroundings
 from megaqwen.parity.dtype_gates import hold_dtype, hold_dtypes
 from megaqwen.parity.gpu import THRESHOLDS, computes_in, forward_options
 from megaqwen.parity.on_all_ranks import FromRanks, ModelOf
-from megaqwen.parity.ranks import with_gpu
+from megaqwen.parity.ranks import join, leave, with_gpu
 
 FP8 = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}
 DELAYED = {"bf16": True, "fp8": "hybrid"}
 MXFP8 = {**DELAYED, "fp8_recipe": "mxfp8"}
 BATCH = torch.zeros(16, 33, dtype=torch.int64)
 MODEL = ModelOf(architecture={}, checkpoint=Path("none"), vocabulary=10, rounded_to=None)
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 RANKS = FromRanks(ranks=1, layout={}, dtype="bfloat16", padding=0, batches=[BATCH], sampled=BATCH)
 
 
@@ -131,3 +133,22 @@ def test_fp8_has_a_row_of_its_own(dtype: str, times: float, passes: bool) -> Non
 def test_what_was_not_computed_is_no_gate() -> None:
     weights: Any = None
     assert hold_dtypes(RANKS, weights) == ([], {})
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(64, 8), (6, 6)])
+def test_the_last_rank_goes_on_alone_with_its_nodes_threads(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, threads: int
+) -> None:
+    """Of 4 ranks with 2 threads each; not with those of other nodes, nor with more than it has CPUs."""
+    before = torch.get_num_threads()
+    for name, value in {**ALONE, "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
+    try:
+        join()
+        torch.set_num_threads(2)
+        leave()
+        assert torch.get_num_threads() == threads
+        assert {name: os.environ[name] for name in ALONE} == ALONE
+    finally:
+        torch.set_num_threads(before)

@@ -145,6 +145,7 @@ def test_training_has_the_ranks_of_its_experts(checkout: Checkout) -> None:
     done = checkout.snakemake("--cores", "1", "-n", "-p", "train", "--configfile", file)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(" --nodes 1 --ranks-per-node 4 ") == 2  # the gate's and training's
+    assert done.stdout.count(" --cpu-bind none ") == 1  # the gate's, whose last rank goes on alone
 
 
 ONE_RULE = """

@@ -132,9 +132,11 @@ def join() -> None:
 
 def leave() -> None:
     """Part from the other ranks: what comes now is for one process."""
-    ranks = torch.distributed.get_world_size()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ[name] = value
-    torch.set_num_threads(torch.get_num_threads() * ranks)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone)
+    # The threads of all of this node's ranks, as far as there are CPUs that this process may use.
+    threads = torch.get_num_threads() * ranks_here
+    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))

@@ -43,6 +43,8 @@ class Launch:
     ranks_per_node: int
     gpus_per_node: int = 0
     cpus_per_rank: int = 1
+    cpu_bind: str = ""
+    """How srun binds each rank to CPUs; empty: as Slurm does by itself."""
     modules: str = ""
     """Environment modules that are loaded before srun: names with spaces between."""
     container: str = ""
@@ -76,6 +78,7 @@ class Launch:
             f"--ntasks-per-node={self.ranks_per_node}",
             f"--cpus-per-task={self.cpus_per_rank}",
             *([f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []),
+            *([f"--cpu-bind={self.cpu_bind}"] if self.cpu_bind else []),
             "--kill-on-bad-exit=1",
             # The last rank of parity works on alone: a cluster's WaitTime is not for it.
             "--wait=0",
