@@ -68,6 +68,7 @@ def test_a_copy_on_the_nodes_own_disk_changes_no_bit(
     assert differing(*(weights(workspace, run, 4) for run in (copied, data_parallel))) == []
     logs = [workspace.directory / f"on-scratch.log.rank{rank}.log" for rank in (0, 1)]
     assert sum(log.read_text().count("of data to ") for log in logs) == 1
+    assert all("every node has its copy of the data" in log.read_text() for log in logs)
     (copy,) = (path for path in (tmp_path / "copies").iterdir() if path.is_dir())
     assert (copy / "lines.bin").read_bytes() == (workspace.data / "lines.bin").read_bytes()
     assert list((copy / "indices").rglob("*shuffle_index.npy"))

@@ -1,7 +1,10 @@
 """The copy of the data on a node's own disk: made once, whole or not at all, read in the data's place."""
 
 import multiprocessing
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,8 @@ from megaqwen.training import scratch
 from megaqwen.training.conversations import build_conversations
 from megaqwen.training.datasets import Corpora, EndOfDocument, build_datasets
 from megaqwen.training.epochs import epochs
+from megaqwen.training.meeting import Meeting
+from megaqwen.training.ranks import Rank
 from megaqwen.training.scratch import copied
 
 RANKS, SIZE = 4, 64
@@ -82,6 +87,64 @@ def test_what_a_kill_left_is_made_again(data: Path, tmp_path: Path) -> None:
         (copy.directory / scratch.WHOLE).unlink()
     with hold(settings, data) as copy:
         assert (copy.directory / "a.bin").read_bytes() == (data / "a.bin").read_bytes()
+
+
+@pytest.mark.parametrize("left", [b"half", None])
+def test_a_copy_that_was_left_is_made_again_where_a_file_is_not_whole(
+    data: Path, tmp_path: Path, left: bytes | None
+) -> None:
+    settings = Scratch(directory=str(tmp_path / "disk"), keep=True)
+    with hold(settings, data) as copy:
+        (copy.directory / "a.bin").unlink()
+        if left:
+            (copy.directory / "a.bin").write_bytes(left)
+    with hold(settings, data) as copy:
+        assert (copy.directory / "a.bin").read_bytes() == (data / "a.bin").read_bytes()
+
+
+def test_the_disk_has_a_copy_before_it_counts_as_whole(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        assert not list((tmp_path / "disk").glob(f"*/{scratch.WHOLE}"))
+        synced.append(path.name.partition("-")[0])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with hold(Scratch(directory=str(tmp_path / "disk")), data) as copy:
+        files = [path.name for path in copy.directory.iterdir() if path.name != scratch.WHOLE]
+    assert synced == [*sorted(files), "megaqwen"]
+
+
+def late_rank(rank: int, port: int, here: Any) -> None:
+    """Of two ranks the second has to copy for longer; then both do what Megatron does."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    meeting = Meeting(Rank(rank=rank, world_size=2, local_rank=rank))
+    if rank:
+        time.sleep(1.5)
+        here.value = 1
+    meeting.wait()
+    assert here.value
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+
+
+def test_nodes_wait_for_the_one_that_copies_longest() -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    here = context.Value("i", 0)
+    ranks = [context.Process(target=late_rank, args=(rank, port, here)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
 
 
 def unset(data: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

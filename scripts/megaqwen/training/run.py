@@ -39,6 +39,7 @@ from megaqwen.training.evaluation import read_evaluations
 from megaqwen.training.following import METRICS, watch_metrics
 from megaqwen.training.forward import forward_step
 from megaqwen.training.lease import check_held, token_of_launcher
+from megaqwen.training.meeting import Meeting
 from megaqwen.training.memory import memory_advice
 from megaqwen.training.metrics import MetricsWriter, read_metrics
 from megaqwen.training.model import model_config
@@ -61,7 +62,11 @@ def pretrain_run(run: TrainingRun) -> None:
         Stopped: A signal or one of Megatron's exit options ended training early.
     """
     names = [corpus.name for corpus in run.config.data.corpora]
+    meeting = Meeting(rank_from_environment()) if run.config.scratch.directory else None
     with copied(run.config.scratch, run.data_directory, run.data["files"], names) as copy:
+        if meeting:
+            meeting.wait()
+            logger.info("every node has its copy of the data")
         pretrain_on(replace(run, copy=copy))
 
 

@@ -158,9 +158,20 @@ def held(directory: Path, data: Path, files: Mapping[str, Mapping[str, Any]]) ->
         lock.close()  # the last rank of an earlier training took it along
     with open(making_lock_of(directory), "w") as making:
         fcntl.flock(making, fcntl.LOCK_EX)  # the others wait here for the one that copies
-        if not (directory / WHOLE).is_file():
+        if not is_whole(directory, files):
             make_copy(directory, data, files)
     return lock
+
+
+def is_whole(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a copy that was left came to its end, and its files are still there in their sizes."""
+    if not (directory / WHOLE).is_file():
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return all(
+            (directory / name).stat().st_size == facts["bytes"] for name, facts in files.items()
+        )
+    return False
 
 
 def lock_of(directory: Path) -> Path:
@@ -210,16 +221,27 @@ def make_copy(directory: Path, data: Path, files: Mapping[str, Mapping[str, Any]
     except InputError:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+    sync(directory)
     (directory / WHOLE).touch()
 
 
+def sync(directory: Path) -> None:
+    """Have the disk keep the names in a directory, whatever happens to the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def copy_file(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file; InputError where it is not the one that has the digest."""
+    """Copy a file to the disk itself; InputError where it is not the one that has the digest."""
     found = hashlib.sha256()
     with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
         while block := reader.read(BLOCK):
             found.update(block)
             writer.write(block)
+        os.fsync(writer.fileno())
     if found.hexdigest() != sha256:
         raise InputError(
             f"{source} is not the file that its manifest.json names: run preprocess again"
