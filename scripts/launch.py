@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--modules", default="", help="environment modules to load before srun")
     options.add_argument("--container", default="", help="an image in which srun starts the ranks")
     options.add_argument("--container-runtime", choices=CONTAINERS, default="apptainer")
-    options.add_argument("--mounts", default="", help="what the container shows: PATH,PATH")
+    options.add_argument(
+        "--mounts", default="", help="what it shows beside this directory: PATH,PATH"
+    )
     options.add_argument(
         "--environment", type=variables, default="", help="of the ranks: 'NAME=VALUE NAME=VALUE'"
     )

@@ -10,7 +10,7 @@ import torch
 
 from megaqwen.config.sections import Checkpoints
 from megaqwen.training import async_saving, saving
-from megaqwen.training.ranks import Rank, rank_from_environment
+from megaqwen.training.ranks import Rank, rank_from_environment, torch_variables
 
 # What srun sets for the tenth of 16 tasks on two nodes.
 TASK = {
@@ -69,12 +69,17 @@ def test_more_than_the_host_has_is_not_kept() -> None:
     assert staging.memory.nbytes == 1 << 12
 
 
-def test_the_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "by_pyxis", [{}, {"RANK": "9", "LOCAL_RANK": "1"}, {"RANK": "9", "WORLD_SIZE": "16"}]
+)
+def test_the_ranks_of_a_node_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, by_pyxis: dict[str, str]
+) -> None:
     """Under srun as well, which tells each of its tasks how many there are."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in torch_variables(TASK):
         monkeypatch.setenv(name, "")  # so that it is as it was afterwards
         monkeypatch.delenv(name)
-    for name, value in TASK.items():
+    for name, value in (TASK | by_pyxis).items():
         monkeypatch.setenv(name, value)
     assert rank_from_environment() == Rank(rank=9, world_size=16, local_rank=1)
     size = 1 << 12

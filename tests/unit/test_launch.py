@@ -71,8 +71,13 @@ def test_srun_starts_the_ranks_in_a_container(tmp_path: Path) -> None:
     assert f" {start} {COMMAND[0]} " in shlex.join(dry_run(tmp_path, *words))
     found = dry_run(tmp_path, *words, "--container-runtime", "pyxis", "--modules", "cuda/12 nccl")
     assert found[:5] == ["bash", "-lc", 'module load $0 && exec "$@"', "cuda/12 nccl", "srun"]
-    assert "--container-image=/shared/megaqwen.sif" in found
-    assert "--container-mounts=/shared:/shared,/scratch:/scratch" in found
+    here = Path.cwd()
+    assert found[found.index("--quit-on-interrupt") + 1 : found.index(COMMAND[0]) + 1] == [
+        "--container-image=/shared/megaqwen.sif",
+        f"--container-workdir={here}",
+        f"--container-mounts={here}:{here},/shared:/shared,/scratch:/scratch",
+        *("python", COMMAND[0]),
+    ]
 
 
 def test_an_environment_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from checkout import Checkout, copy_repository
 from commands import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTES = ROOT / "envs/README.md"
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
@@ -106,8 +107,25 @@ def test_the_container_is_that_of_the_lock() -> None:
     cuda = ".".join(locked_versions()["nvidia-cuda-runtime"].split(".")[:2])
     assert f"CUDA toolkit ({cuda}," in definition
     assert f"torch.version.cuda == '{cuda}'" in definition
-    notes = (ROOT / "envs/README.md").read_text()
+    notes = NOTES.read_text()
     assert f"modules: cuda/{cuda}" in notes and f"major version, {cuda.split('.')[0]}," in notes
+    assert f"docker://{image.replace('/', '#', 1)}" in notes
+
+
+@pytest.mark.parametrize("before", ["", "LANG=C\nPATH=/of/the/image\n"])
+def test_the_container_has_its_path_where_enroot_looks(tmp_path: Path, before: str) -> None:
+    """The commands of the recipe, as the notes have enroot run them, without what installs."""
+    (command,) = re.findall(r"sh -ec \"\$\((sed .+)\)\"$", NOTES.read_text(), re.MULTILINE)
+    post = subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    assert "uv sync --frozen" in post
+    lines = [line for line in post.splitlines() if "/etc/environment" in line]
+    file = tmp_path / "environment"
+    if before:
+        file.write_text(before)
+    script = "\n".join(lines).replace("/etc/environment", str(file))
+    subprocess.run(["sh", "-ec", script], env={"PATH": "/usr/bin:/bin"}, check=True)
+    kept = ["LANG=C"] if before else []
+    assert file.read_text().splitlines() == [*kept, "PATH=/opt/megaqwen/bin:/usr/bin:/bin"]
 
 
 def test_every_config_has_its_schema_for_editors() -> None:

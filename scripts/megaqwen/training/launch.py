@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # The place of the repository and its results inside the container is that outside.
 CONTAINERS = ("apptainer", "pyxis")
@@ -52,7 +53,7 @@ class Launch:
     container_runtime: str = "apptainer"
     """One of CONTAINERS."""
     mounts: str = ""
-    """Directories that the container shows: paths with commas between."""
+    """Directories that the container shows beside the working directory: paths with commas between."""
 
     def torchrun(self, command: Sequence[str]) -> list[str]:
         """Start the ranks on this machine; torchrun finds a free port by itself."""
@@ -93,11 +94,13 @@ class Launch:
             return [sys.executable, *command]
         mounts = [mount for mount in self.mounts.split(",") if mount]
         if self.container_runtime == "pyxis":
-            same = ",".join(f"{mount}:{mount}" for mount in mounts)
+            # It shows no directory by itself, and begins in none of those outside.
+            here = str(Path.cwd())
+            same = ",".join(f"{mount}:{mount}" for mount in (here, *mounts))
             return [
                 f"--container-image={self.container}",
-                "--container-workdir=.",
-                *([f"--container-mounts={same}"] if same else []),
+                f"--container-workdir={here}",
+                f"--container-mounts={same}",
                 *("python", *command),
             ]
         return [

@@ -23,8 +23,11 @@ class Rank:
 
 
 def rank_from_environment() -> Rank:
-    """This process's rank, from torchrun's variables or else from srun's; alone without either."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+    """This process's rank, from torchrun's variables or else from srun's; alone without either.
+
+    In a container whose image is for PyTorch, pyxis sets some of torchrun's variables by itself.
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_STEP_NODELIST" in os.environ:
         os.environ.update(torch_variables(os.environ))
     return Rank(
         rank=int(os.environ.get("RANK", "0")),
