@@ -8,7 +8,7 @@ from megaqwen.array_jobs import ArraySettings, array_mistakes, own_command
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
-from megaqwen.data.files import corpus_files
+from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.provenance import check_writable
@@ -165,11 +165,22 @@ def parity_command(wildcards, resources):
 
 def corpora_files(wildcards):
     """The corpora's own files: a newer one is tokenized again."""
+    layout = layout_of(wildcards)
+    corpora = layout.config.data.corpora
     try:
-        corpora = layout_of(wildcards).config.data.corpora
         return [path for corpus in corpora for path in corpus_files(corpus)]
     except InputError as error:
+        if isinstance(error, FilesGone) and is_made(layout.data):
+            return [error.pattern]
         raise WorkflowError(str(error)) from None
+
+
+def is_made(directory):
+    """Whether a stage made it: from inputs that are gone since, Snakemake then keeps what it made.
+
+    To see that they are gone it has to be given them.
+    """
+    return (directory / "manifest.json").is_file()
 
 
 def shard_manifests(wildcards):
@@ -186,10 +197,13 @@ def shard_manifests(wildcards):
 
 def model_files(wildcards):
     """What a model that is on disk already is made of: a newer file is converted again."""
-    model = layout_of(wildcards).config.model
+    layout = layout_of(wildcards)
+    model = layout.config.model
     if model.source != "path":
         return []
     directory = Path(model.path).expanduser()
+    if not directory.is_dir() and is_made(layout.model):
+        return [directory]
     # Of a directory that is not there, download says so.
     return sorted(
         path

@@ -176,6 +176,28 @@ def test_an_edit_of_a_file(checkout: Checkout, edit: str) -> None:
     assert checkout.plan("all", "--configfile", "base.yaml") == expected
 
 
+def test_training_needs_no_corpus_that_is_tokenized(checkout: Checkout) -> None:
+    shutil.rmtree(checkout.directory / "data")
+    assert checkout.plan("all", "--configfile", "base.yaml") == set()
+    file = overlay(checkout, "rate.yaml", train={"lr": 0.004})
+    assert checkout.plan("all", "--configfile", "base.yaml", file) == TRAIN
+    done = checkout.snakemake("--profile", "local", "preprocess", "--configfile", "base.yaml")
+    assert done.returncode != 0 and "data/*.jsonl" in done.stdout
+
+
+def test_what_is_made_of_a_model_directory_stays_when_that_is_gone(checkout: Checkout) -> None:
+    model = checkout.directory / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ("--configfile", "base.yaml", "path.yaml")
+    overlay(checkout, "path.yaml", model={"source": "path", "path": str(model)})
+    assert checkout.run("convert", *words) == ["convert", "download"]
+    shutil.rmtree(model)
+    assert checkout.plan("convert", *words) == set()
+    shutil.rmtree(checkout.directory / "results")
+    assert checkout.plan("convert", *words) == {"convert", "download"}
+
+
 @pytest.mark.parametrize("stage", ["download", "convert", "preprocess", "gate", "train", "export"])
 def test_a_new_recipe_of_a_stage(checkout: Checkout, stage: str) -> None:
     again = {
