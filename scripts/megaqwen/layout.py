@@ -13,6 +13,7 @@ from typing import Any
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
+from megaqwen.config.operational_options import OPERATIONAL
 from megaqwen.config.rank_options import PARALLEL, deciding
 from megaqwen.provenance import digest, read_json, write_json
 
@@ -67,6 +68,8 @@ class Layout:
                 del corpus[field]
         del data["shards"]  # how, not what comes out
         del config["checkpoints"], config["tracking"], config["scratch"]
+        for name in OPERATIONAL & config["train"].keys():
+            del config["train"][name]
         too_long = forget_other_kind(data)
         match stage:
             case "download":

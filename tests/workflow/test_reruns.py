@@ -93,6 +93,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
         section("parity", texts=["Another text."]) | section("train", lr=0.004),
         {"parity_convert", *TRAIN},
     ),
+    "when it is logged and saved": (section("train", log_interval=5, save_interval=40), set()),
     "which checkpoints stay": (section("checkpoints", keep_last=2, verify="sizes"), set()),
     "where curves go": (section("tracking", wandb_project="qwen"), set()),
     "a disk of each node's own": (section("scratch", directory="$TMPDIR", keep=True), set()),
