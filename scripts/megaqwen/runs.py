@@ -176,8 +176,8 @@ def read_runs(
     over: dict[str, Any] = plain(overlay or {})
     if "sweep" in over:
         over["sweep"] = typed(over["sweep"])
-    section = merge_overlay(base, over).get("sweep") or {}
-    sweep = sweep_of(section)
+    section: Any = merge_overlay(base, over).get("sweep")
+    sweep = sweep_of({} if section is None else section)
     base.pop("sweep", None)
     over.pop("sweep", None)
     if over:

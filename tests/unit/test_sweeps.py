@@ -99,9 +99,12 @@ def test_a_run_of_a_sweep_is_the_run_that_its_stored_config_describes(tmp_path: 
         ({"grid": {f"train.{n}": list(range(30)) for n in "abc"}}, "27,000 runs"),
         ({"grid": {"train.data_path": ["a/b", "a b"]}}, "two runs would be named"),
         ({"grid": {"train.lr": "fast"}}, '"fast" is given, a list'),
+        (3, "sweep: 3 is given, a mapping"),
+        (False, "sweep: false is given, a mapping"),
+        ([], "sweep: [] is given, a mapping"),
     ],
 )
-def test_a_sweep_that_cannot_be_made(sweep: dict[str, Any], words: str) -> None:
+def test_a_sweep_that_cannot_be_made(sweep: Any, words: str) -> None:
     with pytest.raises(ConfigError, match="the sweep cannot be made") as error:
         runs(sweep=sweep)
     assert words in str(error.value)
