@@ -110,6 +110,17 @@ def test_a_sweep_that_cannot_be_made(sweep: Any, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("written", ["1.10", "no", "1e3", "12:30", "null", "a b"])
+@pytest.mark.parametrize("sweep", [{}, {"grid": GRID}], ids=["one run", "sweep"])
+def test_a_name_that_is_none(tmp_path: Path, written: str, sweep: dict[str, Any]) -> None:
+    file = tmp_path / "overlay.yaml"
+    file.write_text(f"run: {written}\n")
+    with pytest.raises(ConfigError) as error:
+        read_runs(ROOT / "config" / "config.yaml", {"sweep": sweep}, [file]).check()
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith("    run: ") and "a name of letters, digits" in line
+
+
 def test_the_mistakes_of_all_runs_at_once_and_each_of_them_once() -> None:
     grid = {"train.lr": ["fast", 1.0e-3], "train.seed": [1, 2, 3, 4], "export.dtyp": ["source"]}
     with pytest.raises(ConfigError) as error:

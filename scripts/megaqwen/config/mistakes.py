@@ -109,6 +109,8 @@ def describe(detail: dict[str, Any], schema: Node) -> Mistake:
             text = f"{shown(given)} is given, {allowed(node)} is allowed"
             if "enum" in node:
                 text += did_you_mean(given, node["enum"])
+            if kind == "string_type" and isinstance(given, int | float):
+                text += ": put it in quotes"
             return Mistake(path, text, wants_text=kind == "string_type")
 
 
