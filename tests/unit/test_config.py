@@ -327,6 +327,29 @@ def test_managed_options_are_options_of_megatron() -> None:
     assert [prefix for prefix in BY_PREFIX if not any(o.startswith(prefix) for o in options)] == []
 
 
+@pytest.mark.parametrize(
+    ("results", "good"),
+    [
+        ("/scratch/user@host/a-b_c.d+e=f", True),
+        ("../résultats", True),
+        ("~/results", False),
+        ("$SCRATCH/results", False),
+        ("my results", False),
+        ("a;b", False),
+        ("{run}", False),
+        ("-o", False),
+        ("", False),
+    ],
+)
+def test_results_stand_in_shell_commands(values: dict[str, Any], results: str, good: bool) -> None:
+    given = {**values, "results": results}
+    if good:
+        assert validate_config(given).results == results
+    else:
+        (line,) = mistakes(given)
+        assert line.startswith("results: ") and "without ~, $ and spaces" in line
+
+
 # Fitting a model and the ranks
 
 
