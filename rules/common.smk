@@ -15,7 +15,12 @@ from megaqwen.provenance import check_writable
 from megaqwen.runs import read_runs
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
-from megaqwen.summary import ended_lines, failed_lines, store_configs
+from megaqwen.summary import (
+    ended_lines,
+    failed_lines,
+    failed_lines_of_all,
+    store_configs,
+)
 from megaqwen.submitted_jobs import watch_jobs
 from megaqwen.training.attempts import check_retry, check_started
 from megaqwen.training.earlier_job import wait_for_earlier_jobs
@@ -255,7 +260,7 @@ def try_number(wildcards, attempt):
         if not RUNS.is_sweep:
             lines = failed_lines(layout.run / "logs", STARTED)
             raise WorkflowError(words, *lines) from None
-        give_up(wildcards, words)
+        give_up(wildcards, f"{wildcards.run}: {words}")
     return attempt
 
 
@@ -344,6 +349,5 @@ def say_where_results_are():
 
 def say_what_failed():
     """The last words of a run that failed: Snakemake's own say which job and not why."""
-    for logs in RUNS.log_directories:
-        for line in failed_lines(logs, STARTED):
-            logger.error(line)
+    for line in failed_lines_of_all(RUNS, STARTED):
+        logger.error(line)

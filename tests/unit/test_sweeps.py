@@ -19,7 +19,7 @@ from megaqwen.layout import Layout
 from megaqwen.provenance import read_json, sha256_file, write_json
 from megaqwen.report.sweep import cell
 from megaqwen.runs import Runs, read_runs
-from megaqwen.summary import ended_lines, store_configs
+from megaqwen.summary import ended_lines, failed_lines_of_all, store_configs
 from megaqwen.sweep_table import results, sweep_rows
 
 GRID = {"train.lr": [1.0e-3, 2.0e-3], "train.seed": [1, 2]}
@@ -235,6 +235,20 @@ def test_a_loss_that_is_no_number_is_last(trained: Runs, lost: str) -> None:
 def test_a_value_is_shown_as_it_was_given() -> None:
     assert cell("train.calculate_per_token_loss", True) == "true"
     assert (cell("validation_loss", 5.0), cell("validation_loss", None)) == ("5.0000", "not yet")
+
+
+def test_what_failed_is_said_with_the_runs_name(tmp_path: Path) -> None:
+    found = runs(results=str(tmp_path), run="lr", sweep={"grid": GRID})
+    error = "2026-01-02 03:04:05,678 ERROR error: two lines:\n  the second\n"
+    for log in (found.log("convert"), Path(str(found.log("export")).format(run=found.names[1]))):
+        log.parent.mkdir(parents=True)
+        log.write_text(error)
+    assert failed_lines_of_all(found, since=0) == [
+        "lr: convert failed: two lines:\n  the second",
+        f"{found.names[1]}: export failed: two lines:\n  the second",
+    ]
+    (alone,) = failed_lines_of_all(runs(results=str(tmp_path), run=found.names[1]), since=0)
+    assert alone.startswith("export failed: ")
 
 
 def test_a_task_of_an_array_runs_its_own_job() -> None:
