@@ -310,6 +310,10 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("save_retain_interval", 60, "checkpoints.keep_every and keep_last"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),
         ("train_samples", 8, "use train_iters"),
+        ("rampup_batch_size", [4, 4, 8], "deprecated or no longer reads it"),
+        ("fp8_interval", 2, "deprecated or no longer reads it"),
+        ("step_batch_size_schedule", "0:4 1M:8", "has global_batch_size samples"),
+        ("decrease_batch_size_if_needed", True, "has global_batch_size samples"),
     ],
 )
 def test_managed_options_are_refused_with_the_reason(
