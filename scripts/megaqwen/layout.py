@@ -138,7 +138,12 @@ class Layout:
     @cached_property
     def shards(self) -> Path:
         """Preprocess's shards until they are merged: a folder each, such as `2-of-8`."""
-        return self.data.with_name(f"{self.data.name}.shards")
+        return self.shards_of(self.data)
+
+    @staticmethod
+    def shards_of(data: Path) -> Path:
+        """The shards of a directory of data."""
+        return data.with_name(f"{data.name}.shards")
 
     def shard_count(self, *, planning: bool) -> int:
         """Of how many shards the data is made.

@@ -139,8 +139,7 @@ class Runs:
     @property
     def shards(self) -> Path:
         """`place` of preprocess's shards until they are merged."""
-        data = self.place("data")
-        return data.with_name(f"{data.name}.shards")
+        return Layout.shards_of(self.place("data"))
 
     def log(self, stage: str, suffix: str = ".log") -> Path:
         """A file of a stage among the logs; a sweep's shared stages have theirs beside its table."""
