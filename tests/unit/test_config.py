@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -490,7 +491,7 @@ def test_generated_files_are_up_to_date_by_the_command() -> None:
 def test_generated_files_are_up_to_date() -> None:
     from megaqwen.config.megatron_options import OPTIONS_FILE
     from megaqwen.config.parser_options import options_json
-    from megaqwen.config.reference import with_table
+    from megaqwen.config.reference import table, with_table
     from megaqwen.config.schema import config_schema, overlay_schema, schema_json
 
     readme = (ROOT / "config/README.md").read_text()
@@ -498,6 +499,10 @@ def test_generated_files_are_up_to_date() -> None:
     assert (ROOT / "config/schema.json").read_text() == schema_json(config_schema())
     assert (ROOT / "config/overlay.schema.json").read_text() == schema_json(overlay_schema())
     assert with_table(readme) == readme
+    # Each key is a row of four cells, in YAML's words.
+    _, _, *rows = table().splitlines()
+    assert all(row.count(" | ") == 3 and row.endswith(" |") for row in rows)
+    assert not re.search("`(True|False|None)`", table())
 
 
 def modeline_schema(path: Path) -> Path:
