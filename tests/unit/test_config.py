@@ -27,10 +27,10 @@ from megaqwen.config.megatron_options import (
     validate_train_options,
 )
 from megaqwen.config.reading import read_yaml
+from megaqwen.config.tiny_shapes import tiny_hf_config
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.runs import read_runs
-from megaqwen.sources.tiny_shapes import tiny_hf_config
 from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from commands import ROOT
 from megaqwen.config import load_config
 from megaqwen.config.megatron_options import OWN_DEFAULTS, megatron_options, settable_names
 from megaqwen.config.operational_options import OPERATIONAL
+from megaqwen.config.tiny_shapes import TINY, tiny_hf_config
 from megaqwen.layout import RECIPE, Layout
-from megaqwen.sources.tiny_shapes import TINY, tiny_hf_config
 from megaqwen.training.arguments import RunPaths, training_options
 
 FILES = {"name": "lines", "source": "files", "files": ["a.jsonl"]}
