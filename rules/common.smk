@@ -8,14 +8,19 @@ from megaqwen.array_jobs import ArraySettings, array_mistakes, own_command
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
-from megaqwen.data.files import corpus_files
+from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.environment import has_gpu, put_this_python_first
 from megaqwen.errors import InputError
 from megaqwen.provenance import check_writable
 from megaqwen.runs import read_runs
 from megaqwen.sources.known import known_hf_config
 from megaqwen.stale_lock import record_running, remove_stale_lock
-from megaqwen.summary import ended_lines, failed_lines, store_configs
+from megaqwen.summary import (
+    ended_lines,
+    failed_lines,
+    failed_lines_of_all,
+    store_configs,
+)
 from megaqwen.submitted_jobs import (
     forgets_too_soon,
     remembered_seconds,
@@ -169,11 +174,22 @@ def parity_command(wildcards, resources):
 
 def corpora_files(wildcards):
     """The corpora's own files: a newer one is tokenized again."""
+    layout = layout_of(wildcards)
+    corpora = layout.config.data.corpora
     try:
-        corpora = layout_of(wildcards).config.data.corpora
         return [path for corpus in corpora for path in corpus_files(corpus)]
     except InputError as error:
+        if isinstance(error, FilesGone) and is_made(layout.data):
+            return [error.pattern]
         raise WorkflowError(str(error)) from None
+
+
+def is_made(directory):
+    """Whether a stage made it: from inputs that are gone since, Snakemake then keeps what it made.
+
+    To see that they are gone it has to be given them.
+    """
+    return (directory / "manifest.json").is_file()
 
 
 def shard_manifests(wildcards):
@@ -190,10 +206,13 @@ def shard_manifests(wildcards):
 
 def model_files(wildcards):
     """What a model that is on disk already is made of: a newer file is converted again."""
-    model = layout_of(wildcards).config.model
+    layout = layout_of(wildcards)
+    model = layout.config.model
     if model.source != "path":
         return []
     directory = Path(model.path).expanduser()
+    if not directory.is_dir() and is_made(layout.model):
+        return [directory]
     # Of a directory that is not there, download says so.
     return sorted(
         path
@@ -245,7 +264,7 @@ def try_number(wildcards, attempt):
         if not RUNS.is_sweep:
             lines = failed_lines(layout.run / "logs", STARTED)
             raise WorkflowError(words, *lines) from None
-        give_up(wildcards, words)
+        give_up(wildcards, f"{wildcards.run}: {words}")
     return attempt
 
 
@@ -346,6 +365,5 @@ def say_where_results_are():
 
 def say_what_failed():
     """The last words of a run that failed: Snakemake's own say which job and not why."""
-    for logs in RUNS.log_directories:
-        for line in failed_lines(logs, STARTED):
-            logger.error(line)
+    for line in failed_lines_of_all(RUNS, STARTED):
+        logger.error(line)

@@ -38,6 +38,8 @@ rule preprocess:
         RUNS.log("preprocess", ".benchmark.tsv")
     conda:
         "../envs/megaqwen.yaml"
+    # On one machine all that Snakemake may use; of a cluster the profile says it.
+    threads: workflow.resource_settings.cores or 1
     params:
         command=stage_command("preprocess.py"),
         digest=digest_of("preprocess"),
@@ -46,5 +48,5 @@ rule preprocess:
     message:
         "preprocess: tokenize the corpora into Megatron's .bin and .idx"
     shell:
-        "HF_HUB_OFFLINE=1 {params.command}"
+        "HF_HUB_OFFLINE=1 RAYON_NUM_THREADS={threads} {params.command}"
         " --model {params.model} --merge {input.shards} --output {params.directory} --log {log}"

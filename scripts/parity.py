@@ -13,8 +13,8 @@ All of it is on CPUs; where there is a GPU, it computes logits in training's bfl
 The gates and their thresholds: scripts/megaqwen/parity/README.md.
 
 When one fails, the first point where the models part is named, a table by layer goes to the log
-(--layers prints it always), and what was measured is kept as failed.json beside the output, which is
-not written, nor is an earlier one kept; the exit status is then 2.
+(--layers prints it always), and what was measured is kept as failed.json, a manifest as well, beside
+the output, which is not written, nor is an earlier one kept; the exit status is then 2.
 """
 
 import argparse
@@ -109,7 +109,8 @@ def parity(arguments: argparse.Namespace) -> None:
     results = {"crossing": arguments.crossing, **measured.facts()}
     failure = arguments.output.with_name("failed.json")
     if measured.failed:
-        write_json(failure, results)
+        there = {name: path for name, path in inputs.items() if path.is_file()}
+        record.write(failure, inputs=there, results=results)
         names = ", ".join(gate.name for gate in measured.failed)
         first = first_divergence(measured.walk.points)
         parted = f"The models part first at {first}. " if first else ""

@@ -75,11 +75,25 @@ def preprocess(arguments: argparse.Namespace) -> None:
             shards = [manifest.parent for manifest in arguments.merge]
             results = tokenize_corpora(corpora, tokenizer, directory, shards)
         record.write(directory / "manifest.json", inputs=inputs, results=results)
-    for manifest in arguments.merge:
-        shutil.rmtree(manifest.parent)
-        with contextlib.suppress(OSError):  # other shards are in it
-            manifest.parent.parent.rmdir()
+    if not arguments.shard:
+        remove_shards(arguments.output, arguments.merge)
     logger.info("tokenized data: %s", arguments.output)
+
+
+def remove_shards(output: Path, merged: Sequence[Path]) -> None:
+    """Remove the shards of data that is there now: what was merged, and those of another number of them.
+
+    Args:
+        output: The data.
+        merged: The manifests of the shards that it was made of.
+    """
+    for manifest in merged:
+        shutil.rmtree(manifest.parent)
+    own = Layout.shards_of(output)
+    for shard in own.glob("*-of-*"):
+        shutil.rmtree(shard)
+    with contextlib.suppress(OSError):  # there is none, or something else is in it
+        own.rmdir()
 
 
 def check_shards(manifests: Sequence[Path], config: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megaqwen.config.tiny_shapes import TINY, tiny_hf_config
 from megaqwen.data.builtin import builtin_documents
 from megaqwen.sources.tiny import vary_norms_and_biases
-from megaqwen.sources.tiny_shapes import TINY, tiny_hf_config
 from megaqwen.sources.tokenizer import train_tokenizer
 from published import PUBLISHED
 

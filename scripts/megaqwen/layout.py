@@ -13,6 +13,7 @@ from typing import Any
 from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
+from megaqwen.config.operational_options import OPERATIONAL
 from megaqwen.config.rank_options import PARALLEL, deciding
 from megaqwen.provenance import digest, read_json, write_json
 
@@ -67,6 +68,8 @@ class Layout:
                 del corpus[field]
         del data["shards"]  # how, not what comes out
         del config["checkpoints"], config["tracking"], config["scratch"]
+        for name in OPERATIONAL & config["train"].keys():
+            del config["train"][name]
         too_long = forget_other_kind(data)
         match stage:
             case "download":
@@ -135,7 +138,12 @@ class Layout:
     @cached_property
     def shards(self) -> Path:
         """Preprocess's shards until they are merged: a folder each, such as `2-of-8`."""
-        return self.data.with_name(f"{self.data.name}.shards")
+        return self.shards_of(self.data)
+
+    @staticmethod
+    def shards_of(data: Path) -> Path:
+        """The shards of a directory of data."""
+        return data.with_name(f"{data.name}.shards")
 
     def shard_count(self, *, planning: bool) -> int:
         """Of how many shards the data is made.

@@ -20,7 +20,7 @@ from megaqwen.config.loading import (
     with_types,
 )
 from megaqwen.config.reading import ConfigError, scalar
-from megaqwen.config.sweeps import flattened, overlays, sweep_of
+from megaqwen.config.sweeps import flattened, overlays, sweep_error, sweep_of
 from megaqwen.layout import Layout
 from megaqwen.provenance import digest
 
@@ -72,8 +72,9 @@ class Runs:
         return self.results / ("sweeps" if self.is_sweep else "runs") / self.name
 
     def merged(self, name: str) -> dict[str, Any]:
-        """The values of a run's config."""
-        return merge_overlay(self.values, {**self.overlays[name], "run": name})
+        """The values of a run's config; the name of one run alone is as the config has it."""
+        own = {"run": name} if self.is_sweep else {}
+        return merge_overlay(self.values, {**self.overlays[name], **own})
 
     def layout(self, name: str) -> Layout:
         """A run's config, validated, and its paths."""
@@ -138,8 +139,7 @@ class Runs:
     @property
     def shards(self) -> Path:
         """`place` of preprocess's shards until they are merged."""
-        data = self.place("data")
-        return data.with_name(f"{data.name}.shards")
+        return Layout.shards_of(self.place("data"))
 
     def log(self, stage: str, suffix: str = ".log") -> Path:
         """A file of a stage among the logs; a sweep's shared stages have theirs beside its table."""
@@ -169,28 +169,38 @@ def read_runs(
     """The runs of a config with others laid over it, as `load_config` reads that of one.
 
     Raises:
-        ConfigError: A file cannot be read, or its sweep cannot be made. The runs' own configs are not
-            looked at yet (`Runs.check`).
+        ConfigError: A file cannot be read, or its sweep cannot be made or has no name. The runs' own
+            configs are not looked at yet (`Runs.check`).
     """
     base = merged_files(path, overlay_files)
     over: dict[str, Any] = plain(overlay or {})
     if "sweep" in over:
         over["sweep"] = typed(over["sweep"])
-    section = merge_overlay(base, over).get("sweep") or {}
-    sweep = sweep_of(section)
+    section: Any = merge_overlay(base, over).get("sweep")
+    sweep = sweep_of({} if section is None else section)
     base.pop("sweep", None)
     over.pop("sweep", None)
     if over:
         some_run = next(iter(overlays(sweep, "run").values()))
         over = with_types(merge_overlay(base, some_run), over)
     values = merge_overlay(base, over)
+    is_sweep = bool(sweep.grid or sweep.runs)
+    if is_sweep:
+        check_name(values)
     name = str(values.get("run"))
     return Runs(
         name=name,
-        sweep=section if sweep.grid or sweep.runs else {},
+        sweep=section if is_sweep else {},
         values=values,
         overlays=overlays(sweep, name),
     )
+
+
+def check_name(values: Mapping[str, Any]) -> None:
+    """ConfigError unless a sweep's config has a name, with which those of its runs begin."""
+    _, mistakes = examine(values)
+    if wrong := [mistake for mistake in mistakes if mistake.path == ("run",)]:
+        raise sweep_error(wrong)
 
 
 def typed(values: Any) -> Any:

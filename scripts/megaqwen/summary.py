@@ -76,6 +76,15 @@ SRUN_TASK = re.compile(r"tasks? (\d+): (?!Terminated)")
 LOGGED = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ([A-Z]+) ", re.MULTILINE)
 
 
+def failed_lines_of_all(runs: Runs, since: float) -> list[str]:
+    """`failed_lines` of all runs; those of a sweep say which of them it was."""
+    return [
+        f"{logs.parent.name}: {line}" if runs.is_sweep else line
+        for logs in runs.log_directories
+        for line in failed_lines(logs, since)
+    ]
+
+
 def failed_lines(logs: Path, since: float) -> list[str]:
     """The last error of each stage, from the logs written to after `since` (seconds since the epoch).
 

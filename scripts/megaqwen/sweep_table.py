@@ -2,12 +2,13 @@
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megaqwen.layout import Layout
-from megaqwen.provenance import read_json
+from megaqwen.provenance import read_json, sha256_file
 from megaqwen.runs import Runs
 
 LOSSES = ("validation_loss", "loss", "test_loss")
@@ -34,9 +35,9 @@ def sweep_rows(runs: Runs) -> list[Row]:
 
 def results(layout: Layout) -> Row:
     """What came of a run, as far as it was made with the config that it has now."""
-    train = made(layout.run / "train" / "manifest.json", layout.stage_digest("train"))
-    found = dict.fromkeys(RESULTS)
-    if train:
+    trained = layout.run / "train" / "manifest.json"
+    found: Row = dict.fromkeys(RESULTS)
+    if train := made(trained, layout.stage_digest("train")):
         facts = train["results"]
         found |= {
             "iterations": facts["iteration"],
@@ -45,11 +46,33 @@ def results(layout: Layout) -> Row:
             "test_loss": facts["test_loss"],
             "seconds": train["seconds"],
         }
-    for crossing in ("convert", "export"):
-        path = layout.run / "parity" / crossing / "parity.json"
-        if verdict := made(path, layout.stage_digest("parity")):
-            found[f"parity_{crossing}"] = verdict["results"]["verdict"]
+        exported = {"checkpoint": trained, "model": layout.run / "export" / "manifest.json"}
+        found["parity_export"] = verdict(layout, [layout.run / "parity" / "export"], exported)
+    converted = {
+        "checkpoint": layout.megatron / "manifest.json",
+        "model": layout.model / "manifest.json",
+    }
+    # A gate that failed keeps the run from having a verdict of its own.
+    gates = [layout.run / "parity" / "convert", layout.gate]
+    found["parity_convert"] = verdict(layout, gates, converted)
     return found
+
+
+def verdict(layout: Layout, places: Sequence[Path], of: Mapping[str, Path]) -> str | None:
+    """Passed or failed, or None where parity has not said it of what is there now.
+
+    Args:
+        layout: Of the run.
+        places: Directories of verdicts, the first one before the others.
+        of: The manifests of the stages that made what is compared, as a verdict names them.
+    """
+    now = {name: sha256_file(path) for name, path in of.items() if path.is_file()}
+    for path in (place / name for place in places for name in ("parity.json", "failed.json")):
+        found = made(path, layout.stage_digest("parity"))
+        if found and {name: each["sha256"] for name, each in found["inputs"].items()} == now:
+            word: str = found["results"]["verdict"]
+            return word
+    return None
 
 
 def made(manifest: Path, digest: str) -> dict[str, Any] | None:
@@ -59,9 +82,9 @@ def made(manifest: Path, digest: str) -> dict[str, Any] | None:
 
 
 def place(row: Row) -> tuple[bool, float]:
-    """By what a run is sorted."""
-    loss = next((row[name] for name in MEASURED if row[name] is not None), None)
-    return loss is None, loss or 0.0
+    """By what a run is sorted: whether it has no loss, or one that is no number; and its loss."""
+    loss = next((row[name] for name in MEASURED if row[name] is not None), math.nan)
+    return (False, loss) if math.isfinite(loss) else (True, 0.0)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

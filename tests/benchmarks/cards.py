@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from megaqwen.config import load_config  # noqa: E402
+from megaqwen.config.tiny_shapes import TINY  # noqa: E402
 from megaqwen.data.tokenization import tokenizer_digests  # noqa: E402
 from megaqwen.provenance import StageRecord, read_json, write_text  # noqa: E402
 from megaqwen.report.verification import as_yaml, verification  # noqa: E402
 from megaqwen.sources.tiny import write_tiny_model  # noqa: E402
-from megaqwen.sources.tiny_shapes import TINY  # noqa: E402
 from megaqwen.training import cpu_emulation  # noqa: E402
 
 COMMAND = "uv run python tests/benchmarks/cards.py --directory cards"

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from megaqwen.config import Config, load_config  # noqa: E402
+from megaqwen.config.tiny_shapes import TINY  # noqa: E402
 from megaqwen.data.builtin import builtin_documents  # noqa: E402
 from megaqwen.sources.tiny import write_tiny_model  # noqa: E402
-from megaqwen.sources.tiny_shapes import TINY  # noqa: E402
 from megaqwen.training import cpu_emulation  # noqa: E402
 from trained_models import make_trained  # noqa: E402
 

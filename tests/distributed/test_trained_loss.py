@@ -7,7 +7,7 @@ import pytest
 
 from commands import run_script
 from megaqwen.checkpoints import TRACKER
-from megaqwen.provenance import read_json
+from megaqwen.provenance import read_json, sha256_file
 from workspace import Workspace, script
 
 TWO_RANKS = {"use_distributed_optimizer": True, "eval_iters": 2}
@@ -91,6 +91,8 @@ def test_an_earlier_iteration_that_was_exported_is_found(
         *("--output", tmp_path / "parity.json"),
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    gates = read_json(tmp_path / "failed.json")["gates"]
+    failed = read_json(tmp_path / "failed.json")
+    assert failed["inputs"]["checkpoint"]["sha256"] == sha256_file(manifest)
+    gates = failed["results"]["gates"]
     assert [gate["name"] for gate in gates if not gate["passed"]] == ["trained loss"]
     assert "failed at trained loss." in done.stdout and "an earlier iteration" in done.stdout

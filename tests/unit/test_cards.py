@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from commands import ROOT, run_benchmark
-from megaqwen.sources.tiny_shapes import TINY
+from megaqwen.config.tiny_shapes import TINY
 
 FACTOR = 4.0
 """Between two machines: what rounding does depends on the order of sums."""

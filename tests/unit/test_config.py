@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,10 @@ from megaqwen.config.megatron_options import (
     validate_train_options,
 )
 from megaqwen.config.reading import read_yaml
+from megaqwen.config.tiny_shapes import tiny_hf_config
 from megaqwen.errors import InputError
 from megaqwen.layout import Layout
 from megaqwen.runs import read_runs
-from megaqwen.sources.tiny_shapes import tiny_hf_config
 from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,6 +312,10 @@ def test_an_option_and_its_opposite_are_the_same(values: dict[str, Any]) -> None
         ("save_retain_interval", 60, "checkpoints.keep_every and keep_last"),
         ("distributed_backend", "gloo", "the launcher and the machine decide it"),
         ("train_samples", 8, "use train_iters"),
+        ("rampup_batch_size", [4, 4, 8], "deprecated or no longer reads it"),
+        ("fp8_interval", 2, "deprecated or no longer reads it"),
+        ("step_batch_size_schedule", "0:4 1M:8", "has global_batch_size samples"),
+        ("decrease_batch_size_if_needed", True, "has global_batch_size samples"),
     ],
 )
 def test_managed_options_are_refused_with_the_reason(
@@ -326,6 +331,29 @@ def test_managed_options_are_options_of_megatron() -> None:
     assert set(REASON_BY_NAME) <= set(options)
     assert set(BY_GROUP) <= {option["group"] for option in options.values()}
     assert [prefix for prefix in BY_PREFIX if not any(o.startswith(prefix) for o in options)] == []
+
+
+@pytest.mark.parametrize(
+    ("results", "good"),
+    [
+        ("/scratch/user@host/a-b_c.d+e=f", True),
+        ("../résultats", True),
+        ("~/results", False),
+        ("$SCRATCH/results", False),
+        ("my results", False),
+        ("a;b", False),
+        ("{run}", False),
+        ("-o", False),
+        ("", False),
+    ],
+)
+def test_results_stand_in_shell_commands(values: dict[str, Any], results: str, good: bool) -> None:
+    given = {**values, "results": results}
+    if good:
+        assert validate_config(given).results == results
+    else:
+        (line,) = mistakes(given)
+        assert line.startswith("results: ") and "without ~, $ and spaces" in line
 
 
 # Fitting a model and the ranks
@@ -457,7 +485,7 @@ def test_to_arguments_refuses_what_no_flag_says() -> None:
 def test_generated_files_are_up_to_date() -> None:
     from megaqwen.config.megatron_options import OPTIONS_FILE
     from megaqwen.config.parser_options import options_json
-    from megaqwen.config.reference import with_table
+    from megaqwen.config.reference import table, with_table
     from megaqwen.config.schema import config_schema, overlay_schema, schema_json
 
     readme = (ROOT / "config/README.md").read_text()
@@ -465,6 +493,10 @@ def test_generated_files_are_up_to_date() -> None:
     assert (ROOT / "config/schema.json").read_text() == schema_json(config_schema())
     assert (ROOT / "config/overlay.schema.json").read_text() == schema_json(overlay_schema())
     assert with_table(readme) == readme
+    # Each key is a row of four cells, in YAML's words.
+    _, _, *rows = table().splitlines()
+    assert all(row.count(" | ") == 3 and row.endswith(" |") for row in rows)
+    assert not re.search("`(True|False|None)`", table())
 
 
 def modeline_schema(path: Path) -> Path:

@@ -13,6 +13,7 @@ from pyarrow import ipc, parquet
 from megaqwen.config.sections import BuiltinCorpus, Corpus, FilesCorpus
 from megaqwen.data import columns, streams
 from megaqwen.data.files import corpus_files
+from megaqwen.data.merging import merge_parts
 from megaqwen.data.parts import tokenize_part
 from megaqwen.data.pieces import Shard, corpus_pieces
 from megaqwen.data.readers import Intake, corpus_texts
@@ -165,3 +166,29 @@ def test_the_result_does_not_show_the_shards(
     ]
     names = {"card.json", "manifest.bin", "manifest.idx", "mixed.v1.bin", "mixed.v1.idx"}
     assert {path.name for path in (tmp_path / "one" / "data").iterdir()} == names
+
+
+@pytest.mark.parametrize("file", [".bin", ".lengths", ".documents", ".counts.npy"])
+def test_a_full_disk_stops_a_shard(tokenizer: DocumentTokenizer, tmp_path: Path, file: str) -> None:
+    """Also where no more is written than fits into a buffer, so that closing the file tells first."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("a", 3)))
+    corpus = mixed(tmp_path, deduplicate=True, files=[str(tmp_path / "a.jsonl")])
+    (tmp_path / f"{corpus.name}{file}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        tokenize_part(corpus, tokenizer, tmp_path, Shard())
+
+
+def test_lengths_that_do_not_add_up_are_never_merged(
+    folder: Path, tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    corpus = mixed(folder)
+    tokenize_part(corpus, tokenizer, tmp_path, Shard())
+    lengths = tmp_path / f"{corpus.name}.lengths"
+    written = lengths.read_bytes()
+    for damaged in (bytes(len(written)), written[:-4], written[4:8] + written[4:]):
+        lengths.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"corpus mixed\.v1: .* the lengths on disk are of"):
+            merge_parts(corpus, tokenizer, [tmp_path], tmp_path)
+        assert not list(tmp_path.glob("*.idx"))
+    lengths.write_bytes(written)
+    merge_parts(corpus, tokenizer, [tmp_path], tmp_path)

@@ -8,8 +8,9 @@ import pytest
 from commands import ROOT
 from megaqwen.config import load_config
 from megaqwen.config.megatron_options import OWN_DEFAULTS, megatron_options, settable_names
-from megaqwen.layout import Layout
-from megaqwen.sources.tiny_shapes import TINY, tiny_hf_config
+from megaqwen.config.operational_options import OPERATIONAL
+from megaqwen.config.tiny_shapes import TINY, tiny_hf_config
+from megaqwen.layout import RECIPE, Layout
 from megaqwen.training.arguments import RunPaths, training_options
 
 FILES = {"name": "lines", "source": "files", "files": ["a.jsonl"]}
@@ -58,6 +59,23 @@ def test_of_equal_corpora_the_field_that_is_read_tells_checkpoints_apart() -> No
 )
 def test_training_goes_on_where_nothing_of_it_changed(overlay: dict[str, Any]) -> None:
     assert layout(**overlay).checkpoints == layout().checkpoints
+
+
+def test_what_changes_no_number_trains_nothing_again() -> None:
+    """How a training is watched, timed, saved and stopped; each option at a value that it has not."""
+    plain = layout()
+    assert {dest for dest, _ in settable_names().values()} >= OPERATIONAL
+    for name in OPERATIONAL:
+        option = megatron_options()[name]
+        values = option.get(
+            "choices", {"bool": [True, False], "int": [7], "str": ["a"]}[option["type"]]
+        )
+        value = next(each for each in values if each != option["default"])
+        train = {**plain.config.train, name: value}
+        other = Layout(config=plain.config.model_copy(update={"train": train}))
+        assert other.config.train != plain.config.train
+        assert other.checkpoints == plain.checkpoints, name
+        assert all(other.stage_digest(stage) == plain.stage_digest(stage) for stage in RECIPE), name
 
 
 @pytest.mark.parametrize("architecture", TINY)

@@ -1,10 +1,14 @@
 """Packing: every conversation once, no sequence too full, and hardly a position empty."""
 
+import resource
+from pathlib import Path
+
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaqwen.training.conversation_packs import ConversationPacks, PackFacts, store
 from megaqwen.training.packing import pack
 
 
@@ -51,3 +55,20 @@ def test_what_does_not_fit_is_refused(lengths: list[int]) -> None:
 
 def test_nothing_is_packed_into_nothing() -> None:
     assert len(pack(numpy.array([], dtype=numpy.int32), 64)) == 0
+
+
+def test_a_full_disk_leaves_no_packs(tmp_path: Path) -> None:
+    """Also where only the end of a file is too much, which is written when that is closed."""
+    figures = dict.fromkeys(PackFacts.__dataclass_fields__, 1)
+    numbers = numpy.arange(100)
+    packs = ConversationPacks(order=numbers, bounds=numbers, facts=PackFacts(**figures))
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, earlier[1]))  # bytes of a file: facts.json fits
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store(packs, tmp_path / "packs")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+    assert not (tmp_path / "packs").exists()
+    store(packs, tmp_path / "packs")
+    assert (tmp_path / "packs" / "order.npy").stat().st_size > 500

@@ -90,7 +90,7 @@ class Crossing:
         code, text = self.run()
         assert code == 2, text
         assert not self.output.exists(), "an earlier verdict would stand for this one"
-        found = read_json(self.output.with_name("failed.json"))
+        found = read_json(self.output.with_name("failed.json"))["results"]
         assert found["verdict"] == "failed" and "Traceback" not in text
         assert [gate["name"] for gate in found["gates"]] == GATES_ON_ONE_RANK
         (message,) = (line for line in text.splitlines() if "error:" in line)

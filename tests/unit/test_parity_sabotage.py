@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from commands import run_benchmark
-from megaqwen.sources.tiny_shapes import tiny_hf_config
+from megaqwen.config.tiny_shapes import tiny_hf_config
 from sabotage import ALL, SABOTAGES, Sabotage
 
 CASES = [

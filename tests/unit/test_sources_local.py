@@ -246,7 +246,7 @@ def test_vocabulary_and_merges_are_a_tokenizer(model: Path) -> None:
 
 
 def test_verification_is_light() -> None:
-    code = "import sys, megaqwen.sources.verify, megaqwen.sources.tiny_shapes; print(*sys.modules)"
+    code = "import sys, megaqwen.sources.verify, megaqwen.config.tiny_shapes; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     modules = subprocess.run(
         command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
+from megaqwen.config.tiny_shapes import tiny_hf_config
 from megaqwen.sources.tiny import write_tiny_model
-from megaqwen.sources.tiny_shapes import tiny_hf_config
 from megaqwen.sources.tokenizer import train_tokenizer
 from megaqwen.sources.verify import verify_model_directory
 

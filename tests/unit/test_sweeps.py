@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from megaqwen.array_jobs import OPTION, ArraySettings, array_mistakes, own_comma
 from megaqwen.config import load_config
 from megaqwen.config.reading import ConfigError
 from megaqwen.layout import Layout
-from megaqwen.provenance import write_json
+from megaqwen.provenance import read_json, sha256_file, write_json
+from megaqwen.report.sweep import cell
 from megaqwen.runs import Runs, read_runs
 from megaqwen.submitted_jobs import forgets_too_soon
-from megaqwen.summary import ended_lines, store_configs
+from megaqwen.summary import ended_lines, failed_lines_of_all, store_configs
+from megaqwen.sweep_table import results, sweep_rows
 
 GRID = {"train.lr": [1.0e-3, 2.0e-3], "train.seed": [1, 2]}
 
@@ -97,12 +100,26 @@ def test_a_run_of_a_sweep_is_the_run_that_its_stored_config_describes(tmp_path: 
         ({"grid": {f"train.{n}": list(range(30)) for n in "abc"}}, "27,000 runs"),
         ({"grid": {"train.data_path": ["a/b", "a b"]}}, "two runs would be named"),
         ({"grid": {"train.lr": "fast"}}, '"fast" is given, a list'),
+        (3, "sweep: 3 is given, a mapping"),
+        (False, "sweep: false is given, a mapping"),
+        ([], "sweep: [] is given, a mapping"),
     ],
 )
-def test_a_sweep_that_cannot_be_made(sweep: dict[str, Any], words: str) -> None:
+def test_a_sweep_that_cannot_be_made(sweep: Any, words: str) -> None:
     with pytest.raises(ConfigError, match="the sweep cannot be made") as error:
         runs(sweep=sweep)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("written", ["1.10", "no", "1e3", "12:30", "null", "a b"])
+@pytest.mark.parametrize("sweep", [{}, {"grid": GRID}], ids=["one run", "sweep"])
+def test_a_name_that_is_none(tmp_path: Path, written: str, sweep: dict[str, Any]) -> None:
+    file = tmp_path / "overlay.yaml"
+    file.write_text(f"run: {written}\n")
+    with pytest.raises(ConfigError) as error:
+        read_runs(ROOT / "config" / "config.yaml", {"sweep": sweep}, [file]).check()
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith("    run: ") and "a name of letters, digits" in line
 
 
 def test_the_mistakes_of_all_runs_at_once_and_each_of_them_once() -> None:
@@ -128,20 +145,42 @@ def test_values_of_the_command_line_are_what_they_write() -> None:
     assert (layout.config.train["lr"], layout.config.train["min_lr"]) == (0.001, 0.0001)
 
 
+def write_verdict(place: Path, layout: Layout, word: str, *of: Path) -> None:
+    """What parity leaves behind of the stages whose manifests are `of`: checkpoint and model."""
+    inputs = {
+        name: {"path": str(path), "sha256": sha256_file(path)}
+        for name, path in zip(("checkpoint", "model"), of, strict=True)
+    }
+    file = place / {"passed": "parity.json", "failed": "failed.json"}[word]
+    digest = layout.stage_digest("parity")
+    write_json(file, {"config_digest": digest, "inputs": inputs, "results": {"verdict": word}})
+
+
 @pytest.fixture
 def trained(tmp_path: Path) -> Runs:
-    """A sweep of four runs: three are trained, one of them with another config than it has now."""
+    """A sweep of four runs: three are trained, one of them with another config than it has now.
+
+    What the gate said is of a model that was downloaded again since; of the two that count, one was
+    exported, and the other one's export failed.
+    """
     found = runs(results=str(tmp_path), run="lr", sweep={"grid": GRID})
     store_configs(found)
+    first = found.layout(found.names[0])
+    converted = [first.megatron / "manifest.json", first.model / "manifest.json"]
+    for path in converted:
+        write_json(path, {})
+    write_verdict(first.gate, first, "failed", *converted)
+    write_json(converted[1], {"again": True})
     for number, name in enumerate(found.names[:3]):
         layout = found.layout(name)
         digest = "of another config" if number == 2 else layout.stage_digest("train")
         results = {"iteration": 40, "last_loss": 5.0, "test_loss": None}
         results["validation_loss"] = 6.0 - number
-        manifest = {"config_digest": digest, "results": results, "seconds": 100.0}
-        write_json(layout.run / "train" / "manifest.json", manifest)
-        verdict = {"config_digest": layout.stage_digest("parity"), "results": {"verdict": "passed"}}
-        write_json(layout.run / "parity" / "export" / "parity.json", verdict)
+        made = [layout.run / stage / "manifest.json" for stage in ("train", "export")]
+        write_json(made[0], {"config_digest": digest, "results": results, "seconds": 100.0})
+        write_json(made[1], {})
+        word = "failed" if number == 0 else "passed"
+        write_verdict(layout.run / "parity" / "export", layout, word, *made)
     return found
 
 
@@ -154,14 +193,63 @@ def test_the_table_of_a_sweep(trained: Runs) -> None:
     best |= {"iterations": "40", "validation_loss": "5.0", "loss": "5.0", "test_loss": ""}
     assert rows[0] == {**best, "seconds": "100.0", "parity_convert": "", "parity_export": "passed"}
     assert [row["validation_loss"] for row in rows] == ["5.0", "6.0", "", ""]
+    assert [row["parity_export"] for row in rows] == ["passed", "failed", "", ""]
     page = (trained.directory / "sweep.html").read_text()
     assert page.count("<svg") == 1 and page.count("not yet") >= 2 and "lr.lr-0.002.seed-1" in page
     lines = ended_lines(trained)
     assert lines[:2] == [
-        "4 runs, parity after export passed in 3",
+        "4 runs, parity after export passed in 1",
         "lowest validation loss: 5.0000 nats per token, of lr.lr-0.001.seed-2",
     ]
     assert yaml.safe_load(config.read_text())["sweep"] == {"grid": GRID}
+
+
+def test_a_verdict_is_of_what_is_there_now(trained: Runs) -> None:
+    first, second = (trained.layout(name) for name in trained.names[:2])
+    assert results(first)["parity_convert"] is None
+    converted = (first.megatron / "manifest.json", first.model / "manifest.json")
+    write_verdict(first.gate, first, "failed", *converted)
+    assert results(first)["parity_convert"] == results(second)["parity_convert"] == "failed"
+    write_verdict(second.run / "parity" / "convert", second, "passed", *converted)
+    assert results(second)["parity_convert"] == "passed"
+    for stage in ("export", "train"):  # again, with the same config
+        place = second.run / stage / "manifest.json"
+        earlier = read_json(place)
+        write_json(place, {**earlier, "finished": "later"})
+        assert results(second)["parity_export"] is None
+        write_json(place, earlier)
+        assert results(second)["parity_export"] == "passed"
+
+
+@pytest.mark.parametrize("lost", ["validation_loss", "last_loss"])
+def test_a_loss_that_is_no_number_is_last(trained: Runs, lost: str) -> None:
+    for name, loss in zip(trained.names[:2], (math.nan, 7.0), strict=True):
+        path = trained.layout(name).run / "train" / "manifest.json"
+        manifest = read_json(path)
+        manifest["results"] |= {"validation_loss": None, lost: loss}
+        write_json(path, manifest)
+    rows = sweep_rows(trained)
+    assert [row["run"] for row in rows[:2]] == [trained.names[1], trained.names[0]]
+    assert "of lr.lr-0.001.seed-2" in ended_lines(trained)[1]
+
+
+def test_a_value_is_shown_as_it_was_given() -> None:
+    assert cell("train.calculate_per_token_loss", True) == "true"
+    assert (cell("validation_loss", 5.0), cell("validation_loss", None)) == ("5.0000", "not yet")
+
+
+def test_what_failed_is_said_with_the_runs_name(tmp_path: Path) -> None:
+    found = runs(results=str(tmp_path), run="lr", sweep={"grid": GRID})
+    error = "2026-01-02 03:04:05,678 ERROR error: two lines:\n  the second\n"
+    for log in (found.log("convert"), Path(str(found.log("export")).format(run=found.names[1]))):
+        log.parent.mkdir(parents=True)
+        log.write_text(error)
+    assert failed_lines_of_all(found, since=0) == [
+        "lr: convert failed: two lines:\n  the second",
+        f"{found.names[1]}: export failed: two lines:\n  the second",
+    ]
+    (alone,) = failed_lines_of_all(runs(results=str(tmp_path), run=found.names[1]), since=0)
+    assert alone.startswith("export failed: ")
 
 
 def test_a_task_of_an_array_runs_its_own_job() -> None:

@@ -1,5 +1,6 @@
 """What the documents say, held against the code."""
 
+import ast
 import itertools
 import re
 import subprocess
@@ -71,6 +72,32 @@ def test_every_path_that_the_readme_names_is_there() -> None:
     assert len(named - made) >= 4
     for name in named - made:
         assert (ROOT / name).exists(), name
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file imports, by their full names, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_rooms_know_only_those_before_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (listed,) = re.findall(r"in rooms that know only those before them: ([^.]+)\.", text)
+    rooms = re.findall(r"`(\w+)`", listed)
+    library = ROOT / "scripts" / "megaqwen"
+    assert set(rooms) == {file.parent.name for file in library.glob("*/*.py")}
+    for number, room in enumerate(rooms):
+        for file in (library / room).rglob("*.py"):
+            known = {name.split(".")[1] for name in imported(file) if name.startswith("megaqwen.")}
+            assert not known & set(rooms[number + 1 :]), file
+    assert not any(
+        name.startswith("snakemake") for f in library.rglob("*.py") for name in imported(f)
+    )
 
 
 def locked_versions() -> dict[str, str]:

@@ -148,6 +148,13 @@ def test_training_has_the_ranks_of_its_experts(checkout: Checkout) -> None:
     assert done.stdout.count(" --cpu-bind none ") == 1  # the gate's, whose last rank goes on alone
 
 
+def test_tokenization_has_the_cores_that_it_is_given(checkout: Checkout) -> None:
+    for words, threads in ((), 3), (("--set-threads", "preprocess=2"), 2):
+        done = checkout.snakemake("--cores", "3", "-n", "-p", "preprocess", *words)
+        assert done.returncode == 0, done.stdout
+        assert f" RAYON_NUM_THREADS={threads} python scripts/preprocess.py" in done.stdout
+
+
 ONE_RULE = """
 rule all:
     output:

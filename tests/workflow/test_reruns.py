@@ -93,6 +93,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
         section("parity", texts=["Another text."]) | section("train", lr=0.004),
         {"parity_convert", *TRAIN},
     ),
+    "when it is logged and saved": (section("train", log_interval=5, save_interval=40), set()),
     "which checkpoints stay": (section("checkpoints", keep_last=2, verify="sizes"), set()),
     "where curves go": (section("tracking", wandb_project="qwen"), set()),
     "a disk of each node's own": (section("scratch", directory="$TMPDIR", keep=True), set()),
@@ -174,6 +175,28 @@ def test_an_edit_of_a_file(checkout: Checkout, edit: str) -> None:
     name, change, expected = FILE_EDITS[edit]
     change(checkout.directory / name)
     assert checkout.plan("all", "--configfile", "base.yaml") == expected
+
+
+def test_training_needs_no_corpus_that_is_tokenized(checkout: Checkout) -> None:
+    shutil.rmtree(checkout.directory / "data")
+    assert checkout.plan("all", "--configfile", "base.yaml") == set()
+    file = overlay(checkout, "rate.yaml", train={"lr": 0.004})
+    assert checkout.plan("all", "--configfile", "base.yaml", file) == TRAIN
+    done = checkout.snakemake("--profile", "local", "preprocess", "--configfile", "base.yaml")
+    assert done.returncode != 0 and "data/*.jsonl" in done.stdout
+
+
+def test_what_is_made_of_a_model_directory_stays_when_that_is_gone(checkout: Checkout) -> None:
+    model = checkout.directory / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ("--configfile", "base.yaml", "path.yaml")
+    overlay(checkout, "path.yaml", model={"source": "path", "path": str(model)})
+    assert checkout.run("convert", *words) == ["convert", "download"]
+    shutil.rmtree(model)
+    assert checkout.plan("convert", *words) == set()
+    shutil.rmtree(checkout.directory / "results")
+    assert checkout.plan("convert", *words) == {"convert", "download"}
 
 
 @pytest.mark.parametrize("stage", ["download", "convert", "preprocess", "gate", "train", "export"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def test_a_killed_shard_is_done_again_alone(checkout: Checkout) -> None:
     assert list(shards.glob(".2-of-3.partial-*")), "it was killed at work"
     assert not list(data.glob("*/manifest.json"))
 
+    shutil.copytree(shards / "1-of-3", shards / "9-of-9")  # of an earlier plan
     done = checkout.snakemake(*words)
     assert done.returncode == 0, done.stdout
     ran = done.stdout.partition("Job stats:")[2].partition("total")[0]
@@ -82,7 +84,9 @@ def test_a_killed_shard_is_done_again_alone(checkout: Checkout) -> None:
     model = next((checkout.directory / "results" / "shared" / "models").iterdir()) / "hf"
     config = checkout.directory / "results" / "runs" / "default" / "config.yaml"
     given = options(config=config, model=model, output=checkout.directory / "whole")
+    (checkout.directory / "whole.shards" / ".1-of-3.partial-123").mkdir(parents=True)
     once = run_script("preprocess.py", *given, cwd=checkout.directory)
     assert once.returncode == 0, once.stdout
+    assert not (checkout.directory / "whole.shards").exists()
     for file in ("topics.bin", "topics.idx", "card.json"):
         assert sha256_file(made.parent / file) == sha256_file(checkout.directory / "whole" / file)

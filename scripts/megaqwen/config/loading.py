@@ -15,7 +15,7 @@ from megaqwen.config.mistakes import Mistake, mistakes_of
 from megaqwen.config.packed_options import packed_mistakes
 from megaqwen.config.reading import ConfigError, read_yaml, scalar
 from megaqwen.config.sections import Config, TinyModel
-from megaqwen.sources.tiny_shapes import tiny_hf_config
+from megaqwen.config.tiny_shapes import tiny_hf_config
 
 DEFAULT_CONFIG = Path("config/config.yaml")
 
@@ -130,12 +130,15 @@ def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, An
 
 
 def mended(value: Any, wants_text: bool) -> Any:
-    """A value of the other type that it may have been meant as."""
+    """A value of the other type that it may have been meant as.
+
+    A float is no text: nobody knows whether 1.1 was written 1.10.
+    """
     if isinstance(value, list):
         return [mended(item, wants_text) for item in value]
     if isinstance(value, str) and not wants_text:
         return scalar(value)
-    if wants_text and isinstance(value, int | float) and not isinstance(value, bool):
+    if wants_text and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value
 

@@ -22,6 +22,7 @@ LOGGED = "each iteration's figures are kept: metrics.jsonl, alarms and curves ar
 LAUNCH = "the launcher and the machine decide it"
 SIGNALS = "training always saves and stops when it is told to: the profile chooses the signal"
 ITERATIONS = "training is counted in iterations: use train_iters, lr_decay_iters, lr_warmup_iters"
+BATCHES = "every iteration has global_batch_size samples"
 DEPRECATED = "Megatron calls it deprecated or no longer reads it"
 OTHER = "it has no part in this training of a Qwen language model"
 
@@ -84,8 +85,10 @@ BY_NAME: dict[str, str] = {
         exit_signal_handler exit_signal exit_signal_handler_for_dataloader
         exit_signal_handler_for_training""",
     ITERATIONS: "train_samples lr_decay_samples lr_warmup_samples lr_wsd_decay_samples",
+    BATCHES: "step_batch_size_schedule decrease_batch_size_if_needed",
     DEPRECATED: """
-        batch_size warmup model_parallel_size checkpoint_activations recompute_activations
+        batch_size rampup_batch_size fp8_interval warmup model_parallel_size
+        checkpoint_activations recompute_activations
         use_flash_attn deprecated_use_mcore_models use_dist_ckpt_deprecated
         dist_ckpt_format_deprecated ckpt_fully_parallel_save_deprecated disable_msc_deprecated
         cuda_graph_scope_deprecated enable_cuda_graph external_cuda_graph moe_layer_recompute

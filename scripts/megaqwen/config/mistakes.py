@@ -8,7 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megaqwen.config.sections import NAME_PATTERN, NODE_PATH_PATTERN, SPLIT_PATTERN
+from megaqwen.config.sections import (
+    NAME_PATTERN,
+    NODE_PATH_PATTERN,
+    RESULTS_PATTERN,
+    SPLIT_PATTERN,
+)
 
 Path = tuple[str | int, ...]
 Node = Mapping[str, Any]
@@ -20,6 +25,7 @@ PATTERN_WORDS = {
     NAME_PATTERN: "a name of letters, digits, '.', '_' and '-'",
     r"^[\w.-]+/[\w.-]+$": "OWNER/NAME, such as Qwen/Qwen3-0.6B",
     NODE_PATH_PATTERN: "a path that begins with / or a variable of the node, such as $TMPDIR",
+    RESULTS_PATTERN: "a path of letters, digits and ./+@=_-, written out without ~, $ and spaces",
     SPLIT_PATTERN: "a text (96,2,2 or train, valid, test)",
 }
 
@@ -109,6 +115,8 @@ def describe(detail: dict[str, Any], schema: Node) -> Mistake:
             text = f"{shown(given)} is given, {allowed(node)} is allowed"
             if "enum" in node:
                 text += did_you_mean(given, node["enum"])
+            if kind == "string_type" and isinstance(given, int | float):
+                text += ": put it in quotes"
             return Mistake(path, text, wants_text=kind == "string_type")
 
 

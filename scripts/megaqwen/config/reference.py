@@ -1,5 +1,6 @@
 """The table of config/README.md, made from the models."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,8 +26,13 @@ def table() -> str:
     schema = Config.model_json_schema()
     rows = list(section_rows(schema, schema, ""))
     lines = ["| Key | Allowed | Default | Meaning |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines += [f"| {' | '.join(map(in_a_cell, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def in_a_cell(text: str) -> str:
+    """A text on the one line that a row of a table is."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def section_rows(
@@ -46,8 +52,9 @@ def section_rows(
         elif "properties" in node:
             yield from section_rows(schema, node, f"{path}.")
         elif "const" not in node:
-            value = "null" if node.get("default") is None else node["default"]
-            default = "required" if key in required else f"`{value}`"
+            value = node.get("default")
+            text = json.dumps(value) if value is None or isinstance(value, bool) else value
+            default = "required" if key in required else f"`{text}`"
             yield f"`{path}`", allowed(node), default, node.get("description", "")
 
 

@@ -13,6 +13,7 @@ LARGEST_SEED = 2**32 - 1  # of NumPy's random generators
 SPLITS = ("train", "valid", "test")  # as Megatron calls them
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"
 NODE_PATH_PATTERN = r"^([/$~].*)?$"
+RESULTS_PATTERN = r"^[\w./][\w./+@=-]*$"  # rules' shell commands have it as it stands
 SPLIT_PATTERN = r"^(train|valid|test|[\d.]+(,[\d.]+){0,2})$"
 
 
@@ -234,7 +235,7 @@ class Config(Section):
 
     run: Name
     """The run's name: a folder below results/runs."""
-    results: str = Field(default="results", min_length=1)
+    results: str = Field(default="results", pattern=RESULTS_PATTERN)
     """Where everything is written."""
     model: Model
     data: Data

@@ -36,10 +36,10 @@ def sweep_of(section: Any) -> Sweep:
 
 def of_section(mistake: Mistake) -> Mistake:
     """A mistake of the section, by its path in the config."""
-    *path, last = mistake.path
-    if last == "[key]":  # pydantic's word for a key itself
-        return Mistake(("sweep", *path), "is no name of letters, digits, '.', '_' and '-'")
-    return Mistake(("sweep", *path, last), mistake.text)
+    path = ("sweep", *mistake.path)
+    if path[-1] == "[key]":  # pydantic's word for a key itself
+        return Mistake(path[:-1], "is no name of letters, digits, '.', '_' and '-'")
+    return Mistake(path, mistake.text)
 
 
 def sweep_error(mistakes: list[Mistake]) -> ConfigError:

@@ -26,6 +26,15 @@ SAVED_SPLITS = "dataset_dict.json"  # of several in one folder
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
 
+class FilesGone(InputError):
+    """Nothing is there, or not all, that a corpus's path or pattern names."""
+
+    def __init__(self, message: str, pattern: str):
+        """See InputError; `pattern` is as the config has it."""
+        super().__init__(message)
+        self.pattern = pattern
+
+
 def corpus_files(corpus: Corpus) -> list[Path]:
     """The files of a corpus in the order in which they are read; none for the built-in corpus.
 
@@ -34,7 +43,8 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     exists as it stands is no pattern, whatever characters it has.
 
     Raises:
-        InputError: A pattern matches no file, or the format of a file is unknown.
+        FilesGone: A pattern matches no file.
+        InputError: The format of a file is unknown.
     """
     if isinstance(corpus, BuiltinCorpus):
         return []
@@ -66,9 +76,10 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
     matches = sorted(Path(match) for match in glob.iglob(str(path), recursive=True))  # noqa: PTH207
     files = [match for match in matches if match.is_file()]
     if not files:
-        raise InputError(
+        raise FilesGone(
             f"corpus {corpus}: no file matches {pattern!r} (looked in {Path.cwd()}): "
-            "check data.corpora in the config"
+            "check data.corpora in the config",
+            pattern,
         )
     return files
 
@@ -87,9 +98,10 @@ def saved_files(corpus: str, directory: Path) -> list[Path]:
         ) from error
     missing = [str(path) for path in files if not path.is_file()]
     if missing or not files:
-        raise InputError(
+        raise FilesGone(
             f"corpus {corpus}: {directory} lacks {', '.join(missing) or 'any data file'}: "
-            "save the data set again"
+            "save the data set again",
+            missing[0] if missing else str(directory / "*.arrow"),
         )
     return files
 

@@ -6,7 +6,7 @@ does not grow with them; deduplication alone takes a byte for each document.
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megaqwen.data.parts import SUFFIXES, TARGETS, TOKENS, written_suffixes
 from megaqwen.data.readers import too_many_bad
 from megaqwen.data.statistics import length_figures, unigram_entropy
 from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
-from megaqwen.data.writing import token_type, write_index
+from megaqwen.data.writing import file_chunks, token_type, write_index
 from megaqwen.errors import InputError
 from megaqwen.provenance import read_json, sha256_file
 from megaqwen.words import counted, readable_bytes
@@ -53,7 +53,7 @@ def merge_parts(
         The corpus's card, and bytes and digest of the files.
 
     Raises:
-        InputError: No document has any text, or too many cannot be used.
+        InputError: No document has any text, too many cannot be used, or a part is damaged.
     """
     prefixes = [part / corpus.name for part in parts]
     facts = [read_json(with_suffix(prefix, ".part.json")) for prefix in prefixes]
@@ -63,6 +63,7 @@ def merge_parts(
     loaded = (numpy.load(with_suffix(prefix, ".counts.npy")) for prefix in prefixes)
     token_counts = sum(map(numpy.atleast_2d, loaded))
     length_files = [with_suffix(prefix, ".lengths") for prefix in prefixes]
+    check_lengths(corpus.name, totals, file_chunks(length_files, numpy.int32))
     keep = None
     if corpus.deduplicate:
         keep = first_occurrences([with_suffix(prefix, ".documents") for prefix in prefixes])
@@ -174,6 +175,22 @@ def check_totals(corpus: Corpus, totals: dict[str, int], facts: list[dict[str, A
             f"corpus {corpus.name} is empty: {left_out} documents in "
             f"{len(corpus_files(corpus))} files, and none of them has any text"
             + (f" of {corpus.min_characters} characters" if corpus.min_characters else "")
+        )
+
+
+def check_lengths(
+    corpus: str, totals: Mapping[str, int], lengths: Iterable[NDArray[numpy.int32]]
+) -> None:
+    """InputError unless the documents' lengths, of which .idx is made, add up to the tokens in .bin."""
+    documents = tokens = 0
+    for chunk in lengths:
+        documents += len(chunk)
+        tokens += int(chunk.sum(dtype=numpy.int64))
+    if (documents, tokens) != (totals["documents"], totals["tokens"]):
+        raise InputError(
+            f"corpus {corpus}: {totals['documents']:,} documents of {totals['tokens']:,} tokens were"
+            f" written, but the lengths on disk are of {documents:,} and {tokens:,}: was the disk full?"
+            " Tokenize it again"
         )
 
 

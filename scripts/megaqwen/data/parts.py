@@ -23,7 +23,7 @@ from megaqwen.data.readers import Intake, sample_texts
 from megaqwen.data.threads import ahead
 from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
 from megaqwen.data.work import Counts, Encoded
-from megaqwen.data.writing import digested_file
+from megaqwen.data.writing import digested_file, save_array
 from megaqwen.provenance import write_json
 from megaqwen.words import readable_bytes
 
@@ -77,14 +77,15 @@ def tokenize_with(
         for each in ahead(encoded):
             for (writer, _), array in zip(outputs, each.arrays(), strict=True):
                 writer.write(array.data)
-            each.lengths.tofile(lengths)
+            # Not tofile, which says nothing of a full disk: see save_array.
+            lengths.write(each.lengths.tobytes())
             if each.records is not None:
-                each.records.tofile(documents)
+                documents.write(each.records.tobytes())
             count(counts, each)
             progress.report()
     if isinstance(engine, WatchedEngine):
         engine.check()
-    numpy.save(f"{prefix}.counts.npy", counts.token_counts)
+    save_array(Path(f"{prefix}.counts.npy"), counts.token_counts)
     figures = {key: value for key, value in vars(counts).items() if key != "token_counts"}
     facts = {
         **figures,

@@ -50,6 +50,16 @@ def digested_file(path: Path) -> Iterator[tuple[io.BufferedWriter, DigestingStre
                 writer.detach()
 
 
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file.
+
+    To a plain file numpy writes by `tofile`, through a stream of its own: where the disk is full when
+    that is closed, the end of the array is left out without an error.
+    """
+    with digested_file(path) as (writer, _):
+        numpy.save(writer, array)
+
+
 def with_ends(
     ids: NDArray[Any], lengths: NDArray[numpy.int64], end: int, dtype: DTypeLike
 ) -> NDArray[Any]:

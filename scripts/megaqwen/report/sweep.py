@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from megaqwen.report.figures import svg
 from megaqwen.report.pages import page, table
-from megaqwen.sweep_table import RESULTS, Row, place
+from megaqwen.sweep_table import LOSSES, RESULTS, Row, place
 from megaqwen.words import duration
 
 WIDEST = 20  # times the smallest value: a wider range of numbers is drawn on a logarithmic axis
@@ -38,9 +38,9 @@ def cell(column: str, value: Any) -> str:
         return "" if column not in RESULTS else "not yet"
     if column == "seconds":
         return duration(value)
-    if column.endswith("loss"):
+    if column in LOSSES:
         return f"{value:.4f}"
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def sweep_figure(rows: Sequence[Row]) -> str:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from megaqwen.config.sections import PathModel, TinyModel
+from megaqwen.config.tiny_shapes import tiny_hf_config
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json
-from megaqwen.sources.tiny_shapes import tiny_hf_config
 
 
 def known_hf_config(layout: Layout) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from megaqwen.sources.tiny_shapes import END_OF_TEXT, tiny_hf_config
+from megaqwen.config.tiny_shapes import END_OF_TEXT, tiny_hf_config
 from megaqwen.sources.tokenizer import train_tokenizer
 
 

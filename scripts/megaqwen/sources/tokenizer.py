@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
+from megaqwen.config.tiny_shapes import BPE_TOKENS, MARKUP_TOKENS, SPECIAL_TOKENS
 from megaqwen.data.builtin import builtin_documents
-from megaqwen.sources.tiny_shapes import BPE_TOKENS, MARKUP_TOKENS, SPECIAL_TOKENS
 
 TRAINING_DOCUMENTS = 250  # enough text for 2528 tokens, and read in a second or two
 CHAT_TEMPLATE = """\

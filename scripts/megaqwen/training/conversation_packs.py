@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy
 from numpy.typing import NDArray
 
+from megaqwen.data.writing import save_array
 from megaqwen.errors import InputError
 from megaqwen.provenance import digest, read_json, write_json
 from megaqwen.training.packing import Packs, pack
@@ -103,8 +104,8 @@ def store(packs: ConversationPacks, directory: Path) -> None:
     """Write the folder under a temporary name and rename it; another rank's may be there by then."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-    numpy.save(written / "order.npy", packs.order)
-    numpy.save(written / "bounds.npy", packs.bounds)
+    save_array(written / "order.npy", packs.order)
+    save_array(written / "bounds.npy", packs.bounds)
     write_json(written / "facts.json", asdict(packs.facts))
     try:
         written.rename(directory)
