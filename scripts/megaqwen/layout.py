@@ -83,7 +83,8 @@ class Layout:
                 # What is compared, not how: other texts are no reason to train again.
                 made_of = {"convert": self.stage_digest("convert")}
                 fields = {**made_of, "preprocess": self.stage_digest("preprocess")}
-                # And how it is trained, as far as that changes what the ranks of training compute.
+                # And how it is trained, as far as that changes what the ranks of training compute, or the
+                # length up to which the models are compared.
                 trained = without_defaults(deciding(config["train"]))
                 fields |= {"splits": splits, "train": trained}
             case "parity":

@@ -77,6 +77,8 @@ def test_the_nodes_that_share_ranks_evenly(ranks: int, most: int, nodes: int) ->
 def test_what_decides_the_verdict_before_training() -> None:
     options = {"lr": 1.0, "train_iters": 3, "seed": 1, "bf16": True, "adam_beta2": 0.9}
     assert deciding(options) == {"bf16": True, "adam_beta2": 0.9}
+    # The longest text that is compared is as long as a sample.
+    assert deciding({"seq_length": 4096, "eval_iters": 1}) == {"seq_length": 4096}
     assert number_format({"bf16": True}) == "bfloat16"
     assert number_format({"bf16": True, "fp8": "hybrid"}) == "fp8"
     assert number_format({"bf16": False}) == "float32"

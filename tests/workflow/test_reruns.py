@@ -74,6 +74,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "more iterations": (section("train", train_iters=640), TRAIN),
     "a parallel size": (section("train", pipeline_model_parallel_size=2), GATE),
     "the dtype of training": (section("train", bf16=True), GATE),
+    "the length of a sample": (section("train", seq_length=64), GATE),
     "the optimizer's memory": (section("train", adam_beta2=0.95), GATE),
     "a train option at the value that it has": (section("train", lr=0.005), set()),
     "the revision": (section("model", revision="v1.0"), ALL),

@@ -51,6 +51,8 @@ ON_GPU = (
     "use_te_activation_func",
     "use_transformer_engine_op_fuser",
 )
+# How long a text the models are compared over.
+LENGTH = ("seq_length",)
 OPTIMIZER = (
     "optimizer",
     "adam_beta1",
@@ -82,7 +84,7 @@ def taken(train: Mapping[str, Any], *names: tuple[str, ...]) -> dict[str, Any]:
 
 def deciding(train: Mapping[str, Any]) -> dict[str, Any]:
     """Those that decide the verdict before training: another learning rate asks for no other."""
-    return taken(train, LAYOUT, DTYPE, ON_GPU, OPTIMIZER)
+    return taken(train, LENGTH, LAYOUT, DTYPE, ON_GPU, OPTIMIZER)
 
 
 def ranks_of_copies(train: Mapping[str, Any]) -> tuple[int, int]:
