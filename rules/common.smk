@@ -14,6 +14,7 @@ from megaqwen.errors import InputError
 from megaqwen.provenance import check_writable
 from megaqwen.runs import read_runs
 from megaqwen.sources.known import known_hf_config
+from megaqwen.sources.local import files_that_are_read
 from megaqwen.stale_lock import record_running, remove_stale_lock
 from megaqwen.summary import (
     ended_lines,
@@ -205,7 +206,7 @@ def shard_manifests(wildcards):
 
 
 def model_files(wildcards):
-    """What a model that is on disk already is made of: a newer file is converted again."""
+    """What a model that is on disk already is made of: with a newer file all begins again."""
     layout = layout_of(wildcards)
     model = layout.config.model
     if model.source != "path":
@@ -214,11 +215,7 @@ def model_files(wildcards):
     if not directory.is_dir() and is_made(layout.model):
         return [directory]
     # Of a directory that is not there, download says so.
-    return sorted(
-        path
-        for pattern in ("*.safetensors", "*.json")
-        for path in directory.glob(pattern)
-    )
+    return files_that_are_read(directory)
 
 
 def setting_of(rule, name, default):

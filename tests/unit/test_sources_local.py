@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from commands import ROOT, options, run_script, write_config
+from megaqwen.data.tokenization import TOKENIZER_FILES
 from megaqwen.errors import InputError
 from megaqwen.sources import progress
+from megaqwen.sources.local import files_that_are_read
 from megaqwen.sources.verify import verify_model_directory
 
 
@@ -46,6 +48,14 @@ def run_download(tmp_path: Path, model: dict[str, Any]) -> tuple[int, str, Path]
     config = write_config(tmp_path / "config.yaml", model=model)
     done = run_script("download.py", *options(config=config, output=output), cwd=ROOT)
     return done.returncode, done.stdout + done.stderr, output
+
+
+def test_every_file_that_parity_digests_is_one_whose_change_is_seen(model: Path) -> None:
+    for name in (*TOKENIZER_FILES, "model-00001-of-00002.safetensors"):
+        (model / name).touch()
+    seen = {path.name for path in files_that_are_read(model)}
+    assert {"config.json", "model-00001-of-00002.safetensors", *TOKENIZER_FILES} <= seen
+    assert files_that_are_read(model / "absent") == []
 
 
 def test_a_directory_is_linked_and_left_as_it_is(tmp_path: Path, model: Path) -> None:

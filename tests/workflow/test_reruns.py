@@ -200,6 +200,21 @@ def test_what_is_made_of_a_model_directory_stays_when_that_is_gone(checkout: Che
     assert checkout.plan("convert", *words) == {"convert", "download"}
 
 
+def test_an_edit_of_a_model_on_disk(checkout: Checkout) -> None:
+    """Whatever makes tokens of text is part of the model, as its weights are."""
+    model = checkout.directory / "model"
+    model.mkdir()
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "merges.txt"):
+        (model / name).write_text("{}")
+    here = overlay(checkout, "here.yaml", model={"source": "path", "path": str(model)})
+    words = ("download", "--configfile", "base.yaml", here)
+    assert checkout.run(*words) == ["download"]
+    for name in ("chat_template.jinja", "merges.txt"):
+        append("\n")(model / name)
+        assert checkout.plan(*words) == {"download"}, name
+        shutil.copystat(model / "config.json", model / name)  # as it was
+
+
 @pytest.mark.parametrize("stage", ["download", "convert", "preprocess", "gate", "train", "export"])
 def test_a_new_recipe_of_a_stage(checkout: Checkout, stage: str) -> None:
     again = {

@@ -6,6 +6,14 @@ from typing import Any
 from megaqwen.provenance import publish_directory, temporary_sibling
 from megaqwen.sources.verify import verify_model_directory
 
+# Weights, their index, config.json and generation_config.json; the tokenizer with its chat template.
+READ = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
+
+
+def files_that_are_read(directory: Path) -> list[Path]:
+    """The files of a model directory on which later stages depend; none of one that is not there."""
+    return sorted(path for pattern in READ for path in directory.glob(pattern))
+
 
 def link_model(source: Path, link: Path) -> None:
     """Check `source` and make `link` an absolute symbolic link to it.
