@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megaqwen.parity import measure as measuring
 from megaqwen.parity.megatron import MegatronLayers
+from tied_experts import choose_otherwise, tie_experts, tie_experts_of
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -162,6 +163,16 @@ def leave_dropout_on(layers: MegatronLayers) -> None:
     layer: Any = layers.modules[layers.layers // 2]
     layer.hidden_dropout = 0.01
     layer.train()
+
+
+def tie_middle_experts(directory: Path) -> None:
+    facts = json.loads((directory / "config.json").read_text())
+    tie_experts_of(directory, facts["num_hidden_layers"] // 2)
+
+
+def choose_experts_otherwise(layers: MegatronLayers) -> None:
+    module: Any = layers.modules[layers.layers // 2]
+    choose_otherwise(module.mlp.router)
 
 
 def append(name: str, text: str) -> Callable[[Path], None]:
@@ -394,6 +405,16 @@ SABOTAGES = [
         files=append("chat_template.jinja", "\n"),
     ),
 ]
+
+
+TIES = Sabotage(
+    name="no mistake: experts that tie, chosen otherwise",
+    architectures=EXPERTS,
+    gate="",
+    tensors=lambda tensors, facts: tie_experts(tensors, facts["num_hidden_layers"] // 2),
+    files=tie_middle_experts,
+    model=choose_experts_otherwise,
+)
 
 
 def sabotaged(model: Path, copy: Path, sabotage: Sabotage) -> Path:

@@ -61,7 +61,7 @@ def compare_all(models: Sequence[Path], directory: Path, words: Sequence[str]) -
     from megaqwen.parity.localization import likely_cause
     from megaqwen.parity.measure import measure
     from megaqwen.weights import convert_to_megatron
-    from sabotage import SABOTAGES, Sabotage, changed_model, sabotaged
+    from sabotage import SABOTAGES, TIES, Sabotage, changed_model, sabotaged
 
     config = config_of_texts(directory)
     healthy = Sabotage(name="healthy", architectures=(), gate="")
@@ -92,6 +92,7 @@ def compare_all(models: Sequence[Path], directory: Path, words: Sequence[str]) -
         return {
             **row,
             "gates": {gate.name: gate.facts() for gate in found.gates},
+            "ties": sum(routing.ties for routing in found.walk.routing),
             "first": str(first) if first else "",
             "point": first.point if first else "",
             "cause": likely_cause(found.gates, found.walk.points) if found.failed else "",
@@ -100,7 +101,7 @@ def compare_all(models: Sequence[Path], directory: Path, words: Sequence[str]) -
     for model in models:
         facts = json.loads((model / "config.json").read_text())
         yield compared(model, healthy)
-        for mistake in SABOTAGES:
+        for mistake in (TIES, *SABOTAGES):
             if mistake.fits(facts) and any(word in mistake.name for word in words or [""]):
                 yield compared(model, mistake)
     shutil.rmtree(directory / "work")

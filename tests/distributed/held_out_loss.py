@@ -48,6 +48,7 @@ def main() -> None:
             checkpoint=arguments.checkpoint,
             recorded=recorded_options(arguments.checkpoint, described),
             rounded_to=torch.float32,
+            tie=2e-4,
             config=config,
             data=arguments.data,
             made=read_json(arguments.data / "manifest.json")["results"],

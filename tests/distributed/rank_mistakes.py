@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tied_experts import choose_otherwise
+
 Change = Callable[[Any], None]
 
 
@@ -114,6 +116,18 @@ def round_residual(module: Any) -> None:
         module.register_forward_hook(rounded)
 
 
+def choose_experts_otherwise(ranked: Any) -> None:
+    from megaqwen.parity.rank_outputs import layers_of
+
+    for layer in layers_of(ranked.model):
+        if layer.layer_number - 1 == LAYER_OF_TIES:
+            choose_otherwise(layer.mlp.router)
+
+
+LAYER_OF_TIES = 1
+TIES = Mistake(
+    name="no mistake: experts that tie, chosen otherwise", gates=(), model=choose_experts_otherwise
+)
 MISTAKES = [
     Mistake(
         name="a gradient that is cut off",

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_mistakes import MISTAKES, Mistake
+from rank_mistakes import LAYER_OF_TIES, MISTAKES, TIES, Mistake
 
 from commands import start_ranks, wait_for_ranks, write_config
 from megaqwen.weights import convert_to_megatron
 from small_models import MODELS, make_model
+from tied_experts import tie_experts_of
 from workspace import OPTIONS
 
 pytestmark = pytest.mark.slow
@@ -25,11 +26,12 @@ EXPERT = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoal
 BFLOAT16 = {"bf16": True}
 # Steps large enough that a decay shows.
 SCHEDULE = {"lr_warmup_iters": 2, "train_iters": 20, "save_interval": 20, "eval_interval": 20}
+WITH_TIES = "expert"
 LAYOUTS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     2: {
         "tensor": ("qwen2", {**TENSOR, **BFLOAT16}),
         "virtual stages": ("qwen3", {**VIRTUAL, **SHARDED, **BFLOAT16}),
-        "expert": ("qwen3_moe", {**EXPERT, **SHARDED, **BFLOAT16}),
+        WITH_TIES: ("tied experts", {**EXPERT, **SHARDED, **BFLOAT16}),
         "padded": ("padded", TENSOR),
     }
 }
@@ -54,6 +56,7 @@ def facts(model: str) -> dict[str, Any]:
     """Of a model whose vocabulary every tensor parallel size here divides; or that none does."""
     if model == "padded":
         return MODELS["qwen2"]
+    model = "qwen3_moe" if model == "tied experts" else model
     return {**MODELS[model], "vocab_size": 252}
 
 
@@ -63,6 +66,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     directory = tmp_path_factory.mktemp("ranks")
     for model in {model for each in LAYOUTS.values() for model, _ in each.values()}:
         make_model(directory / model / "hf", facts(model))
+        if model == "tied experts":
+            tie_experts_of(directory / model / "hf", LAYER_OF_TIES)
         (directory / model / "megatron").mkdir()
         convert_to_megatron(directory / model / "hf", directory / model / "megatron")
     found = [row for ranks in LAYOUTS for row in measured_on(ranks, directory)]
@@ -79,6 +84,7 @@ def measured_on(ranks: int, directory: Path) -> list[dict[str, Any]]:
         path = directory / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
         config = write_config(path, train={**OPTIONS, **SCHEDULE, **options}, model=tiny)
         mistakes = [mistake.name for mistake in MADE] if name == WITH_MISTAKES else []
+        mistakes += [TIES.name] if name == WITH_TIES else []
         paths = {"model": directory / model / "hf", "checkpoint": directory / model / "megatron"}
         words = {key: str(path) for key, path in {**paths, "config": config}.items()}
         jobs.append({"name": name, "mistakes": mistakes, **words})
@@ -99,6 +105,10 @@ def test_a_healthy_layout_passes(rows: Rows, layout: str) -> None:
     assert [gate for gate in gates.values() if not gate["passed"]] == []
     assert gates["gradients"]["value"] > 0  # something was compared
     assert gates["trajectory"]["value"] > 0
+
+
+def test_experts_that_tie_may_be_chosen_otherwise(rows: Rows) -> None:
+    assert [gate for gate in rows[WITH_TIES, TIES.name].values() if not gate["passed"]] == []
 
 
 @pytest.mark.parametrize("mistake", MADE, ids=lambda mistake: mistake.name)

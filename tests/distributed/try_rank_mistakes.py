@@ -7,15 +7,16 @@ MISTAKES in rank_mistakes.py. Written are the gates of each job without a mistak
 """
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path[0:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
 
-from rank_mistakes import MISTAKES, Mistake
+from rank_mistakes import MISTAKES, TIES, Mistake  # noqa: E402
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def main() -> None:
 
     jobs, output = map(Path, sys.argv[1:])
     torch.distributed.init_process_group("gloo")
-    by_name = {mistake.name: mistake for mistake in MISTAKES}
+    by_name = {mistake.name: mistake for mistake in (TIES, *MISTAKES)}
     rows = []
     for job in json.loads(jobs.read_text()):
         remember_reference()
@@ -99,8 +100,8 @@ def remember_reference() -> None:
         remembered: dict[Any, Any] = {}
 
         def found(*values: Any) -> Any:
-            _, dtype, tokens, *_ = values
-            key = dtype, len(tokens)
+            _, dtype, tokens, *others = values
+            key = dtype, len(tokens), pickle.dumps(others)  # with the experts that are followed
             if key not in remembered:
                 remembered[key] = function(*values)
             return remembered[key]
@@ -141,7 +142,7 @@ def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]
     )
     if found is None:
         return None
-    return [gate.facts() for gate in hold_against(found, model, weights, transfers).gates]
+    return [gate.facts() for gate in hold_against(found, model, weights, transfers, 2e-4).gates]
 
 
 if __name__ == "__main__":

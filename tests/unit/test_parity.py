@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megaqwen.parity import comparing
-from megaqwen.parity.comparing import Comparison, compare_routing, point_error
+from megaqwen.parity.comparing import Comparison, point_error
 from megaqwen.parity.gates import Gate, first_divergence, forward_gates, layers_gate, tensors_gate
 from megaqwen.parity.localization import likely_cause, table
+from megaqwen.parity.routing import OtherChoices, compare_routing, following, weights_of
 from megaqwen.parity.texts import cut_to_budget
+from small_models import MODELS
 
 TOKENS = torch.arange(48) * 37 % 2500
 Tensors = dict[str, Tensor]
@@ -179,6 +182,37 @@ def test_another_expert_counts_where_no_tie_explains_it() -> None:
     assert (found.choices, found.ties, found.differences) == (4, 1, 1)
     assert (found.reference_counts, found.counts) == ([2, 2, 0, 0], [2, 0, 2, 0])
     assert found.largest_count_difference == 2
+    # That the last of the chosen ties with one outside is no reason to leave out the first.
+    both = torch.tensor([[1, 2]])
+    rows = [{"router": logits[:1], "choices": mine[:1]}], [{"choices": both}]
+    found = compare_routing(5, *rows, 2e-4)
+    assert (found.ties, found.differences) == (0, 1)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_transformers_router_follows_at_a_tie_alone(scaled: bool) -> None:
+    facts = {**MODELS["qwen3_moe"], "norm_topk_prob": scaled}
+    router = Qwen3MoeTopKRouter(AutoConfig.for_model(**facts))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+        router.weight[1] = router.weight[0]
+    states = torch.randn(64, facts["hidden_size"], generator=generator)
+    logits, weights, own = router(states)
+    one_of_two = ((own < 2).sum(dim=1) == 1)[:, None]
+    assert 5 < one_of_two.sum() < 60
+    # Experts that tie change places, and elsewhere the last of the chosen is another one.
+    swapped = torch.where(own < 2, 1 - own, own)
+    others = torch.cat([own[:, :1], logits.argmin(dim=1, keepdim=True)], dim=1)
+    theirs = torch.where(one_of_two, swapped, others)
+    with following(router, OtherChoices(choices=[theirs, own], tie=2e-4)):
+        _, found, taken = router(states)
+        assert torch.equal(taken, torch.where(one_of_two, theirs, own))
+        torch.testing.assert_close(found, weights)  # of equal logits
+        assert torch.equal(found[~one_of_two[:, 0]], weights[~one_of_two[:, 0]])
+        assert torch.equal(router(states)[2], own)  # the second call has choices of its own
+    assert torch.equal(router(states)[2], own)
+    torch.testing.assert_close(weights_of(router, logits, own), weights)
 
 
 def test_texts_are_cut_to_what_a_budget_affords() -> None:

@@ -22,7 +22,7 @@ from megaqwen.parity.gates import Gate
 from megaqwen.parity.localization import likely_cause
 from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_gates import losses_gate
-from megaqwen.parity.ranked_model import in_order
+from megaqwen.parity.rank_outputs import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of
 from megaqwen.parity.tensor_error import first_on_the_way_back, tensor_error, worst_of
 

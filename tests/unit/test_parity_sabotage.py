@@ -7,7 +7,7 @@ import pytest
 
 from commands import run_benchmark
 from megaqwen.config.tiny_shapes import tiny_hf_config
-from sabotage import ALL, SABOTAGES, Sabotage
+from sabotage import ALL, EXPERTS, SABOTAGES, TIES, Sabotage
 
 CASES = [
     (architecture, sabotage)
@@ -38,6 +38,14 @@ def test_a_healthy_model_passes(architecture: str, rows: Rows) -> None:
     assert 0.2 < row["gates"]["layers"]["value"] < 1.5
     assert ("experts" in row["gates"]) == architecture.endswith("moe")
     assert {"tensors", "tokenizer", "layers", "logits", "generation"} <= row["gates"].keys()
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_experts_that_tie_may_be_chosen_otherwise(architecture: str, rows: Rows) -> None:
+    """Of all that follows from it nothing is beyond rounding."""
+    row = rows[architecture, TIES.name]
+    assert row["ties"] > 3 and rows[architecture, "healthy"]["ties"] == 0
+    assert failed(row) == [] and row["gates"]["layers"]["value"] < 1.5
 
 
 @pytest.mark.parametrize(

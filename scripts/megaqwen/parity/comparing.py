@@ -1,6 +1,6 @@
 """What is measured where two models compute the same thing: differences, and what rounding explains."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -166,66 +166,3 @@ def in_units(error: float, null: float) -> float:
 def nan_is_worst(value: float) -> float:
     """A key by which NaN, the surest sign of a mistake, counts as the largest value."""
     return float("inf") if value != value else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Which experts a layer's router chose in the two models."""
-
-    layer: int
-    choices: int
-    """Tokens times experts per token."""
-    differences: int
-    """Choices that differ, where no tie explains it."""
-    ties: int
-    """Choices that differ between experts whose logits are equal but for rounding."""
-    reference_counts: list[int]
-    """The tokens of each expert in the Hugging Face model."""
-    counts: list[int]
-    """The same in the Megatron model."""
-
-    @property
-    def largest_count_difference(self) -> int:
-        """Of the tokens of one expert."""
-        pairs = zip(self.reference_counts, self.counts, strict=True)
-        return max(abs(one - two) for one, two in pairs)
-
-
-def compare_routing(
-    layer: int,
-    reference: Sequence[Mapping[str, Tensor]],
-    other: Sequence[Mapping[str, Tensor]],
-    tie: float,
-) -> Routing:
-    """Compare the experts that were chosen for each token.
-
-    Args:
-        layer: The layer's number.
-        reference: Of each text, router [positions, experts] logits and choices [positions, chosen].
-        other: Of each text, choices [positions, chosen].
-        tie: Two of the reference's logits that differ by no more are equal but for rounding.
-    """
-    differences = ties = choices = 0
-    counts = []
-    for one, two in zip(reference, other, strict=True):
-        logits = one["router"].double()
-        mine, theirs = (
-            torch.zeros_like(logits, dtype=torch.bool).scatter(1, each["choices"], True)
-            for each in (one, two)
-        )
-        last = logits.gather(1, one["choices"]).amin(dim=1, keepdim=True)
-        only_theirs = theirs & ~mine
-        near = (last - logits).abs() <= tie
-        differences += int((only_theirs & ~near).sum())
-        ties += int((only_theirs & near).sum())
-        choices += one["choices"].numel()
-        counts.append(torch.stack([mine.sum(dim=0), theirs.sum(dim=0)]))
-    reference_counts, other_counts = torch.stack(counts).sum(dim=0).tolist()
-    return Routing(
-        layer=layer,
-        choices=choices,
-        differences=differences,
-        ties=ties,
-        reference_counts=reference_counts,
-        counts=other_counts,
-    )

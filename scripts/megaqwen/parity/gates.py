@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaqwen.parity.comparing import Comparison, PointError, Routing, nan_is_worst
+from megaqwen.parity.comparing import Comparison, PointError, nan_is_worst
+from megaqwen.parity.routing import Routing
 
 LAYER_THRESHOLD = 2.0
 MEAN_THRESHOLD_SHARE = 0.25

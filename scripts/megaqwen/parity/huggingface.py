@@ -1,7 +1,7 @@
 """transformers' model, one layer in memory at a time: the reference that Megatron is held against."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaqwen.parity.points import Observations, Observed, observe
+from megaqwen.parity.routing import OtherChoices, following
 from megaqwen.weights import HuggingFaceWeights
 from megaqwen.weights.huggingface import EMBEDDING, HEAD
 
@@ -72,10 +73,19 @@ class HuggingFaceLayers:
         return hidden
 
     @torch.no_grad()
-    def layer(self, index: int, hidden: list[Tensor]) -> tuple[list[Tensor], Observations]:
-        """What a layer makes of each text's [positions, hidden], and what was seen within it."""
+    def layer(
+        self, index: int, hidden: list[Tensor], other: OtherChoices | None = None
+    ) -> tuple[list[Tensor], Observations]:
+        """What a layer makes of each text's [positions, hidden], and what was seen within it.
+
+        The other model's choices of experts are followed at ties; what is seen are its own.
+        """
         layer = self.model.model.layers[index]
-        with self.loaded(layer, self.layer_tensors(index)), observe(layer, POINTS) as seen:
+        with (
+            self.loaded(layer, self.layer_tensors(index)),
+            observe(layer, POINTS) as seen,
+            following(layer.mlp.gate, other) if other else nullcontext(),
+        ):
             outputs = [
                 layer(states[None], **call)[0]
                 for states, call in zip(hidden, self.calls, strict=True)

@@ -38,7 +38,7 @@ from megaqwen.parity.texts import (
     prompts,
     tokenized_texts,
 )
-from megaqwen.parity.walk import EXACT, OTHER, REFERENCE, Layers, Walk, walk
+from megaqwen.parity.walk import EXACT, REFERENCE, Walk, walk
 from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
 from megaqwen.weights.bridge import checked_model
 from megaqwen.words import duration
@@ -161,13 +161,10 @@ def measure(
     # With several dtypes the weights stay as they are, and the gate decides.
     rounded_to = stored.pop() if len(stored) == 1 else torch.float32
     vocabulary = weights.config["vocab_size"]
-    models: dict[str, Layers] = {
-        EXACT: HuggingFaceLayers(weights, torch.float64),
-        REFERENCE: reference,
-        OTHER: MegatronLayers(checkpoint, recorded, vocabulary, longest, rounded_to),
-    }
+    own = {EXACT: HuggingFaceLayers(weights, torch.float64), REFERENCE: reference}
+    megatron = MegatronLayers(checkpoint, recorded, vocabulary, longest, rounded_to)
     tie = 2 * config.parity.max_logit_difference
-    walked = timed("forward", lambda: walk(models, texts | continued, tie, Progress()))
+    walked = timed("forward", lambda: walk(own, megatron, texts | continued, tie, Progress()))
     found += [
         gates.layers_gate(walked.points),
         *gates.forward_gates(walked.comparisons, config.parity.max_logit_difference),
@@ -184,6 +181,7 @@ def measure(
             checkpoint=checkpoint,
             recorded=recorded,
             rounded_to=rounded_to,
+            tie=tie,
             config=config,
             data=data,
             made=made,
@@ -194,7 +192,7 @@ def measure(
         found += perplexity_gates(perplexity)
     held = None
     if ranks:
-        held = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers))
+        held = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers, tie))
         found += held.gates
         seconds |= ranks.seconds
     return Measured(

@@ -25,17 +25,18 @@ from megaqwen.config.rank_options import (
     taken,
 )
 from megaqwen.parity.batches import MOST_TOKENS, make_batches
-from megaqwen.parity.gathering import Gathered
 from megaqwen.parity.machine import free_memory
+from megaqwen.parity.rank_outputs import expert_choices, to_last_rank
 from megaqwen.parity.ranked_model import (
     MICRO_BATCH,
+    Gradients,
     RankedModel,
     Steps,
     model_options,
     ranked_model,
-    to_last_rank,
 )
 from megaqwen.parity.reference import Recipe, recipe_of
+from megaqwen.parity.routing import Routes
 from megaqwen.parity.texts import operations_per_second
 from megaqwen.provenance import peak_memory_bytes
 
@@ -76,6 +77,8 @@ class FromRanks:
     """[sequences, positions + 1] tokens each."""
     outputs: list[Tensor] | None = None
     """Of the first batch in float32: each layer's [sequences, positions, hidden], then the logits."""
+    choices: Routes = field(default_factory=dict)
+    """Of experts, where these outputs were computed."""
     sampled: Tensor | None = None
     """[sequences, positions + 1] tokens, more and shorter sequences, of the comparison in `dtype`."""
     outputs_in_dtype: list[Tensor] | None = None
@@ -84,7 +87,7 @@ class FromRanks:
     """The dtype with the recipe of FP8, as THRESHOLDS in gpu.py has it."""
     outputs_on_gpu: list[Tensor] | None = None
     """Of `sampled`, likewise, by Transformer Engine on a GPU."""
-    gradients: dict[str, Gathered] = field(default_factory=dict)
+    gradients: dict[str, Gradients] = field(default_factory=dict)
     """Of the first batch, by layout."""
     recipe: Recipe | None = None
     steps: Steps | None = None
@@ -199,7 +202,8 @@ def in_float32(
     found: dict[str, Any] = {"gradients": {}}
     first = batches[0]
     with model_of(taken(train, LAYOUT, OPTIMIZER, SCHEDULE), first) as model:
-        found["outputs"] = model.forward(first, model_of.vocabulary)
+        with expert_choices(model.model) as found["choices"]:
+            found["outputs"] = model.forward(first, model_of.vocabulary)
         if GRADIENTS not in reasons:
             found["gradients"]["training's layout"] = model.gradients(first)
         if TRAJECTORY not in reasons:

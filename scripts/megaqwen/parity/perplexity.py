@@ -24,7 +24,7 @@ from megaqwen.parity.heldout import (
 )
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.parity.megatron import MegatronLayers
-from megaqwen.parity.walk import Layers
+from megaqwen.parity.walk import OTHER, REFERENCE, FollowingLayers, Layers, through_layer
 from megaqwen.weights import HuggingFaceWeights
 
 PASSES = 4
@@ -70,6 +70,8 @@ class Crossing:
     """The options that the checkpoint records of its model."""
     rounded_to: torch.dtype
     """The dtype of the Hugging Face weights, where an export may have narrowed them."""
+    tie: float
+    """Two logits of a router that differ by no more are equal but for rounding."""
     config: Config
     data: Path
     """Preprocess's directory."""
@@ -114,8 +116,12 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         weights.config["vocab_size"],
         budget / PASSES,
     )
-    expected = token_losses(HuggingFaceLayers(weights, torch.float32), samples)
-    found = token_losses(crossing.megatron(length, crossing.rounded_to), samples)
+    expected, found = both_losses(
+        HuggingFaceLayers(weights, torch.float32),
+        crossing.megatron(length, crossing.rounded_to),
+        samples,
+        crossing.tie,
+    )
     whole = len(samples[-1].tokens) == length
     # What FP8 rounds cannot be had here: nothing says how far its loss may be from this one.
     logged = evaluated.logged(samples) if whole and not config.train.get("fp8") else None
@@ -152,6 +158,26 @@ def token_losses(model: Layers, samples: Sequence[Sample]) -> Tensor:
     hidden = model.embed([text.tokens for text in texts])
     for index in range(model.layers):
         hidden, _ = model.layer(index, hidden)
+    return head_losses(model, texts, hidden)
+
+
+@torch.no_grad()
+def both_losses(
+    reference: FollowingLayers, other: Layers, samples: Sequence[Sample], tie: float
+) -> tuple[Tensor, Tensor]:
+    """The same of two models side by side, of which the first follows the second's experts at ties."""
+    texts = [text for sample in samples for text in sample.texts()]
+    models: dict[str, Layers] = {REFERENCE: reference, OTHER: other}
+    tokens = [text.tokens for text in texts]
+    hidden = {name: model.embed(tokens) for name, model in models.items()}
+    for index in range(other.layers):
+        through_layer({REFERENCE: reference}, other, index, hidden, tie)
+    first, second = (head_losses(models[name], texts, hidden[name]) for name in models)
+    return first, second
+
+
+def head_losses(model: Layers, texts: Sequence[Sample], hidden: Sequence[Tensor]) -> Tensor:
+    """[targets] losses from what the last layer put out."""
     found = []
     with model.head() as (norm, logits):
         for text, states in zip(texts, hidden, strict=True):

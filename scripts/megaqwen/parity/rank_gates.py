@@ -20,6 +20,7 @@ from megaqwen.parity.reference import (
     outputs_of,
     train_plainly,
 )
+from megaqwen.parity.routing import Routes, same_routes
 from megaqwen.parity.tensor_error import (
     TensorError,
     compare_tensors,
@@ -40,6 +41,8 @@ class RankGates:
     """The gates that take ranks, and the figures that they rest on."""
 
     ranks: FromRanks
+    tie: float
+    """Two logits of a router that differ by no more are equal but for rounding."""
     gates: list[Gate] = field(default_factory=list)
     points: list[PointError] = field(default_factory=list)
     """Under training's layout: what each layer puts out, and the logits."""
@@ -79,17 +82,22 @@ class RankGates:
 
 
 def hold_against(
-    ranks: FromRanks, directory: Path, weights: HuggingFaceWeights, transfers: Sequence[Transfer]
+    ranks: FromRanks,
+    directory: Path,
+    weights: HuggingFaceWeights,
+    transfers: Sequence[Transfer],
+    tie: float,
 ) -> RankGates:
-    """Compute transformers' side, and compare.
+    """Compute transformers' side, which follows Megatron's experts at ties, and compare.
 
     Args:
         ranks: Megatron's side.
         directory: The Hugging Face model.
         weights: Its weights.
         transfers: The bridge's table for it.
+        tie: Two logits of a router that differ by no more are equal but for rounding.
     """
-    held = RankGates(ranks=ranks)
+    held = RankGates(ranks=ranks, tie=tie)
     hold_layout(held, weights)
     gates, held.dtype_ratios = hold_dtypes(ranks, weights)
     held.gates += gates
@@ -119,7 +127,8 @@ def hold_layout(held: RankGates, weights: HuggingFaceWeights) -> None:
     if ranks.outputs is None:
         return
     exact, reference = (
-        outputs_of(weights, dtype, ranks.batches[0]) for dtype in (torch.float64, torch.float32)
+        outputs_of(weights, dtype, ranks.batches[0], ranks.choices, held.tie)
+        for dtype in (torch.float64, torch.float32)
     )
     held.points = compare_outputs(exact, reference, ranks.outputs)
     statistic = f"on {ranks.ranks} rank(s), largest error of a layer or of the logits"
@@ -149,13 +158,19 @@ def hold_gradients(held: RankGates, directory: Path, transfers: Sequence[Transfe
     ranks = held.ranks
     if not ranks.gradients:
         return
-    exact, rounded = (
-        gradients_of(directory, dtype, ranks.batches[0]) for dtype in (torch.float64, torch.float32)
-    )
-    for layout, gathered in ranks.gradients.items():
-        found = gathered.by_huggingface_name(transfers)
+    exact: Tensors = {}
+    rounded: Tensors = {}
+    followed: Routes | None = None
+    for layout, gradients in ranks.gradients.items():
+        if followed is None or not same_routes(followed, gradients.choices):
+            followed = gradients.choices
+            exact, rounded = (
+                gradients_of(directory, dtype, ranks.batches[0], followed, held.tie)
+                for dtype in (torch.float64, torch.float32)
+            )
+        found = gradients.gathered.by_huggingface_name(transfers)
         held.gradients[layout] = compare_tensors(exact, rounded, found)
-        note_copies(held, f"gradients, {layout}", gathered)
+        note_copies(held, f"gradients, {layout}", gradients.gathered)
     worst_by_layout = {name: worst_of(errors) for name, errors in held.gradients.items()}
     layout = max(worst_by_layout, key=lambda name: nan_is_worst(worst_by_layout[name].ratio))
     worst = worst_by_layout[layout]
@@ -195,8 +210,10 @@ def hold_steps(
     steps, recipe, batches = held.ranks.steps, held.ranks.recipe, held.ranks.batches
     if steps is None or recipe is None:
         return
-    exact_losses, exact = train_plainly(directory, torch.float64, batches, recipe)
-    losses, reference = train_plainly(directory, torch.float32, batches, recipe)
+    (exact_losses, exact), (losses, reference) = (
+        train_plainly(directory, dtype, batches, recipe, steps.choices, held.tie)
+        for dtype in (torch.float64, torch.float32)
+    )
     found = steps.weights.by_huggingface_name(transfers)
     note_copies(held, "weights", steps.weights)
 

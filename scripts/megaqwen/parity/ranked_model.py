@@ -24,11 +24,8 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-)
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron.training import global_vars, initialize
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -42,6 +39,8 @@ from torch.distributed import distributed_c10d
 
 from megaqwen.config.megatron_options import to_arguments
 from megaqwen.parity.gathering import Gathered, gather_to_last_rank
+from megaqwen.parity.rank_outputs import expert_choices, in_order, layer_outputs, to_last_rank
+from megaqwen.parity.routing import Routes
 from megaqwen.training.arguments import CPU_OPTIONS
 from megaqwen.training.datasets import use_compiled_helpers
 from megaqwen.training.forward import forward_step, micro_batch
@@ -61,6 +60,17 @@ class Steps:
     gradient_norms: list[float]
     weights: Gathered
     """After the last step."""
+    choices: list[Routes]
+    """Of experts, in each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Of one batch."""
+
+    gathered: Gathered
+    choices: Routes
+    """Of experts, on the way."""
 
 
 class RankedModel:
@@ -136,7 +146,7 @@ class RankedModel:
             full: Tensor = gather_from_tensor_model_parallel_region(output)
             return full[..., :vocabulary].float().cpu()
 
-        with torch.no_grad(), self.layer_outputs() as points:
+        with torch.no_grad(), layer_outputs(self.model) as points:
             logits = self.collect(whole, batch)
         for chunk in self.model:
             chunk.train()
@@ -161,50 +171,33 @@ class RankedModel:
         """A forward pass as in training, by which FP8's delayed scaling learns how large things are."""
         self.collect(lambda output, non_loss_data=True: None, batch)
 
-    @contextmanager
-    def layer_outputs(self) -> Iterator[dict[int, list[Tensor]]]:
-        """Keep what this rank's layers put out, by their numbers from 0, for each micro batch."""
-        points: dict[int, list[Tensor]] = {}
-
-        def keep(layer: Any, args: Any, output: Any) -> None:
-            states = output[0]
-            if self.config.sequence_parallel:
-                states = gather_from_sequence_parallel_region(states)
-            # A copy: the pipeline frees what it has sent on.
-            whole = states.transpose(0, 1).float().cpu().clone()
-            points.setdefault(layer.layer_number - 1, []).append(whole)
-
-        layers = [layer for chunk in self.model for layer in unwrap_model(chunk).decoder.layers]
-        hooks = [layer.register_forward_hook(keep) for layer in layers]
-        try:
-            yield points
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def gradients(self, batch: Tensor) -> Gathered | None:
+    def gradients(self, batch: Tensor) -> Gradients | None:
         """The gradient of the mean loss by each parameter, on the last rank; else None."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         # Of a distributed optimizer each rank would have but its own part of the sum.
-        self.run(forward_step, batch, forward_only=False, force_all_reduce=True)
-        return gather_to_last_rank(self.model, gradients=True)
+        with expert_choices(self.model) as choices:
+            self.run(forward_step, batch, forward_only=False, force_all_reduce=True)
+        gathered = gather_to_last_rank(self.model, gradients=True)
+        return None if gathered is None else Gradients(gathered=gathered, choices=choices)
 
     def steps(self, batches: Sequence[Tensor]) -> Steps | None:
         """Train on each batch once, by Megatron's own step; the result on the last rank, else None."""
-        losses, rates, norms = [], [], []
+        losses, rates, norms, choices = [], [], [], []
         for number, batch in enumerate(batches):
             rates.append(max(group["lr"] for group in self.optimizer.param_groups))
-            found, skipped, _, _, _, norm, _, _ = train_step(
-                forward_step,
-                self.iterators(batch),
-                self.model,
-                self.optimizer,
-                self.schedule,
-                self.config,
-                self.run_micro_batches,
-                iteration=number,
-            )
+            with expert_choices(self.model) as chosen:
+                found, skipped, _, _, _, norm, _, _ = train_step(
+                    forward_step,
+                    self.iterators(batch),
+                    self.model,
+                    self.optimizer,
+                    self.schedule,
+                    self.config,
+                    self.run_micro_batches,
+                    iteration=number,
+                )
+            choices.append(chosen)
             if skipped:
                 raise RuntimeError(f"Megatron's optimizer skipped step {number + 1}")
             # The last pipeline stage knows it, and the last rank is of that stage.
@@ -213,28 +206,9 @@ class RankedModel:
         weights = gather_to_last_rank(self.model)
         if weights is None:
             return None
-        return Steps(losses=losses, rates=rates, gradient_norms=norms, weights=weights)
-
-
-def in_order(found: Sequence[tuple[int, Mapping[int, list[Tensor]]]], point: int) -> Tensor:
-    """[sequences, ...] of a batch whose micro batches were dealt to the data parallel ranks in turn.
-
-    Args:
-        found: Data parallel rank, and by point its micro batches, of each rank of the job.
-        point: The one that is asked for.
-    """
-    by_rank = {rank: points[point] for rank, points in found if point in points}
-    ranks = sorted(by_rank)
-    return torch.cat([each for turn in zip(*map(by_rank.get, ranks), strict=True) for each in turn])
-
-
-def to_last_rank(value: Any) -> list[Any] | None:
-    """Every rank's value on the last rank; elsewhere None."""
-    ranks = torch.distributed.get_world_size()
-    last = torch.distributed.get_rank() == ranks - 1
-    found: list[Any] | None = [None] * ranks if last else None
-    torch.distributed.gather_object(value, found, dst=ranks - 1)
-    return found
+        return Steps(
+            losses=losses, rates=rates, gradient_norms=norms, weights=weights, choices=choices
+        )
 
 
 def model_options(

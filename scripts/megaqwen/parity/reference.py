@@ -5,7 +5,8 @@ rounding alone does to it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megaqwen.parity.huggingface import HuggingFaceLayers
+from megaqwen.parity.routing import OtherChoices, Routes, following
 from megaqwen.weights import HuggingFaceWeights
 
 Tensors = dict[str, Tensor]
@@ -23,17 +25,26 @@ MICRO_BATCH = 2
 
 
 @torch.no_grad()
-def outputs_of(weights: HuggingFaceWeights, dtype: torch.dtype, batch: Tensor) -> list[Sequences]:
+def outputs_of(
+    weights: HuggingFaceWeights,
+    dtype: torch.dtype,
+    batch: Tensor,
+    choices: Routes | None = None,
+    tie: float = 0.0,
+) -> list[Sequences]:
     """What each layer makes of [sequences, positions + 1] tokens, and then the logits.
 
     [positions, hidden] of each sequence, and [positions, vocabulary]. One layer is in memory at a time,
-    as when both models walk through the texts.
+    as when both models walk through the texts. Of Megatron's choices of experts those are followed that
+    are ties, see routing.py.
     """
     model = HuggingFaceLayers(weights, dtype)
     hidden = model.embed(list(batch[:, :-1]))
     points = []
     for index in range(model.layers):
-        hidden, _ = model.layer(index, hidden)
+        by_sequence = (choices or {}).get(index)
+        other = None if by_sequence is None else OtherChoices(choices=list(by_sequence), tie=tie)
+        hidden, _ = model.layer(index, hidden, other)
         points.append(hidden)
     with model.head() as (norm, logits):
         return [*points, [logits(norm(states)) for states in hidden]]
@@ -45,6 +56,17 @@ def trainable(directory: Path, dtype: torch.dtype) -> nn.Module:
         directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     return model
+
+
+@contextmanager
+def following_in(model: Any, choices: Routes, tie: float) -> Iterator[None]:
+    """Within it, `backward` of one batch follows these choices of experts at ties, see routing.py."""
+    with ExitStack() as stack:
+        for index, by_sequence in choices.items():
+            each = [part.flatten(0, 1) for part in by_sequence.split(MICRO_BATCH)]
+            router = model.model.layers[index].mlp.gate
+            stack.enter_context(following(router, OtherChoices(choices=each, tie=tie)))
+        yield
 
 
 def backward(model: nn.Module, batch: Tensor) -> float:
@@ -61,10 +83,13 @@ def backward(model: nn.Module, batch: Tensor) -> float:
     return total
 
 
-def gradients_of(directory: Path, dtype: torch.dtype, batch: Tensor) -> Tensors:
-    """The gradient of each published tensor."""
+def gradients_of(
+    directory: Path, dtype: torch.dtype, batch: Tensor, choices: Routes, tie: float
+) -> Tensors:
+    """The gradient of each published tensor; `choices` are followed as in `outputs_of`."""
     model = trainable(directory, dtype)
-    backward(model, batch)
+    with following_in(model, choices, tie):
+        backward(model, batch)
     found = {
         name: torch.zeros_like(each) if each.grad is None else each.grad
         for name, each in model.named_parameters()
@@ -161,9 +186,17 @@ def recipe_of(train: Mapping[str, Any], steps: int) -> Recipe | str:
 
 
 def train_plainly(
-    directory: Path, dtype: torch.dtype, batches: Sequence[Tensor], recipe: Recipe
+    directory: Path,
+    dtype: torch.dtype,
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    choices: Sequence[Routes],
+    tie: float,
 ) -> tuple[list[float], Tensors]:
-    """The loss before each step, and the published tensors after the last."""
+    """The loss before each step, and the published tensors after the last.
+
+    Of each step `choices` are followed as in `outputs_of`.
+    """
     model = trainable(directory, dtype)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -178,9 +211,10 @@ def train_plainly(
         eps=recipe.epsilon,
     )
     losses = []
-    for batch, rate in zip(batches, recipe.rates, strict=True):
+    for batch, rate, chosen in zip(batches, recipe.rates, choices, strict=True):
         optimizer.zero_grad()
-        losses.append(backward(model, batch))
+        with following_in(model, chosen, tie):
+            losses.append(backward(model, batch))
         if recipe.clip:
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         for group in optimizer.param_groups:

@@ -16,12 +16,11 @@ from megaqwen.parity.comparing import (
     POSITIONS_AT_ONCE,
     Comparison,
     PointError,
-    Routing,
     compare_logits,
-    compare_routing,
     point_error,
 )
 from megaqwen.parity.points import IN_LAYER, Observations
+from megaqwen.parity.routing import OtherChoices, Routing, choices_seen, compare_routing
 
 EXACT, REFERENCE, OTHER = "float64", "float32", "megatron"
 
@@ -41,6 +40,15 @@ class Layers(Protocol):
         """A context with the final norm and the logits' function."""
 
 
+class FollowingLayers(Layers, Protocol):
+    """One that can follow another model's choices of experts at ties."""
+
+    def layer(
+        self, index: int, hidden: list[Tensor], other: OtherChoices | None = None
+    ) -> tuple[list[Tensor], Observations]:
+        """Likewise; what was seen of the choices are its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Walk:
     """What was measured."""
@@ -52,7 +60,8 @@ class Walk:
 
 
 def walk(
-    models: Mapping[str, Layers],
+    own: Mapping[str, FollowingLayers],
+    other: Layers,
     texts: Mapping[str, Sequence[int]],
     tie: float,
     progress: Callable[[int, int], None] = lambda layer, layers: None,
@@ -60,7 +69,8 @@ def walk(
     """Compare at every point of every layer, and the logits at every position.
 
     Args:
-        models: EXACT and REFERENCE of Hugging Face, and OTHER of Megatron.
+        own: EXACT and REFERENCE of Hugging Face.
+        other: Of Megatron.
         texts: Token ids by the texts' names.
         tie: Two logits of the reference that differ by no more are equal but for rounding.
         progress: Told after each layer how many are done, and of how many.
@@ -74,13 +84,12 @@ def walk(
         three = (found[name] for name in (EXACT, REFERENCE, OTHER))
         points.append(point_error(layer, point, names, *three))
 
+    models: dict[str, Layers] = {**own, OTHER: other}
     hidden = {name: model.embed(tokens) for name, model in models.items()}
     compare(None, "embedding", hidden)
     layers = models[REFERENCE].layers
     for index in range(layers):
-        seen: dict[str, Observations] = {}
-        for name, model in models.items():
-            hidden[name], seen[name] = model.layer(index, hidden[name])
+        seen = through_layer(own, other, index, hidden, tie)
         for point in IN_LAYER:
             if all(point in found[0] for found in seen.values()):
                 compare(
@@ -94,6 +103,33 @@ def walk(
         progress(index + 1, layers)
     comparisons = compare_heads(models, hidden, dict(zip(names, tokens, strict=True)), compare, tie)
     return Walk(points=points, comparisons=comparisons, routing=routing)
+
+
+def through_layer(
+    own: Mapping[str, FollowingLayers],
+    other: Layers,
+    index: int,
+    hidden: dict[str, list[Tensor]],
+    tie: float,
+) -> dict[str, Observations]:
+    """Take the hidden states of all models through a layer, in which `own` follow `other` at ties.
+
+    Args:
+        own: Models of Hugging Face by their names.
+        other: Of Megatron.
+        index: The layer's.
+        hidden: Of each text [positions, hidden], by the models' names; they are replaced.
+        tie: Two logits of a router that differ by no more are equal but for rounding.
+
+    Returns:
+        What was seen within the layer, by the models' names.
+    """
+    seen = {}
+    hidden[OTHER], seen[OTHER] = other.layer(index, hidden[OTHER])
+    choices = choices_seen(seen[OTHER], tie)
+    for name, model in own.items():
+        hidden[name], seen[name] = model.layer(index, hidden[name], choices)
+    return seen
 
 
 def compare_heads(
