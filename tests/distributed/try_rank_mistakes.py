@@ -9,6 +9,7 @@ MISTAKES in rank_mistakes.py. Written are the gates of each job without a mistak
 import json
 import pickle
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 sys.path[0:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
 
 from rank_mistakes import MISTAKES, TIES, Mistake  # noqa: E402
+
+EARLIER: list[weakref.ref[Any]] = []
+"""Weights and gradients of the model before."""
 
 
 @contextmanager
@@ -31,7 +35,11 @@ def made(mistake: Mistake) -> Iterator[None]:
 
     class Changed(real):  # type: ignore[misc,valid-type]
         def __init__(self, *values: Any, **named: Any):
+            left = [each() for each in EARLIER]
+            assert not any(each is not None and each.numel() for each in left), "two are in memory"
             super().__init__(*values, **named)
+            EARLIER[:] = [weakref.ref(each) for each in self.model[0].parameters()]
+            EARLIER.extend(weakref.ref(each.grad_data) for each in self.model[0].buffers)
             if mistake.model:
                 mistake.model(self)
 
@@ -121,6 +129,7 @@ def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]
 
     from megaqwen.architecture import megatron_options
     from megaqwen.config import load_config
+    from megaqwen.parity.affordable import Size
     from megaqwen.parity.megatron import recorded_options
     from megaqwen.parity.on_all_ranks import measure_on_ranks
     from megaqwen.parity.rank_gates import hold_against
@@ -134,7 +143,7 @@ def measured(model: Path, checkpoint: Path, config: Path) -> list[dict[str, Any]
         checkpoint=checkpoint,
         architecture=recorded_options(checkpoint, megatron_options(weights.config)),
         vocabulary=vocabulary,
-        parameters=10**6,
+        size=Size(parameters=10**6),
         texts=texts.tolist,
         positions=64,
         rounded_to=None,

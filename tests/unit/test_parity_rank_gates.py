@@ -1,12 +1,15 @@
 """What the gates over ranks are made of: options, batches, schedules and the comparison of tensors."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import ROOT
+from megaqwen.config import load_config
 from megaqwen.config.rank_options import (
     check_ranks,
     deciding,
@@ -16,15 +19,18 @@ from megaqwen.config.rank_options import (
     ranks_of_replica,
 )
 from megaqwen.errors import InputError
+from megaqwen.parity.affordable import Machine, Size, bytes_needed, reasons_not_to
 from megaqwen.parity.batches import make_batches
 from megaqwen.parity.dtype_gates import error_ratio, mean_and_least
 from megaqwen.parity.gates import Gate
+from megaqwen.parity.gathering import Gathered, Part, parts_to_send, put
 from megaqwen.parity.localization import likely_cause
 from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_gates import losses_gate
 from megaqwen.parity.rank_outputs import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of
 from megaqwen.parity.tensor_error import first_on_the_way_back, tensor_error, worst_of
+from workspace import OPTIONS
 
 TRAIN: dict[str, Any] = {"lr": 1.0, "min_lr": 0.2, "train_iters": 12, "lr_warmup_iters": 2}
 
@@ -203,3 +209,79 @@ def test_the_likely_cause_is_that_of_the_first_gate_that_failed() -> None:
     assert "backward pass" in cause("gradients", "trajectory")
     assert "weight decay" in cause("trajectory")
     assert "output head" in cause("logits", "layout")
+
+
+def reasons(machine: Machine, *, with_steps: bool = True, **train: Any) -> dict[str, str]:
+    """Of a model of a billion parameters, half of them in experts."""
+    options = {**OPTIONS, **train}
+    config = load_config(ROOT / "config" / "config.yaml", {"train": options})
+    size = Size(parameters=10**9, in_experts=5 * 10**8)
+    return reasons_not_to(config, size, machine, with_steps=with_steps)
+
+
+ONE = Machine(ranks=1, on_a_node=1, free=100e9, rate=1e15)
+LAID_OUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+FOUR = Machine(ranks=4, on_a_node=4, free=100e9, rate=1e15)
+
+
+def test_what_fits_the_memory_of_one_rank_is_measured() -> None:
+    plain = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+    assert reasons(ONE, bf16=True, **plain) == {}
+    assert set(reasons(ONE, **plain)) == {"dtype"}
+    less = reasons(replace(ONE, free=60e9), bf16=True, **plain)
+    assert less == {"trajectory": "64 GB of memory are needed and 42 GB may be used"}
+    least = reasons(replace(ONE, free=50e9), bf16=True, **plain)
+    assert set(least) == {"layout", "gradients", "trajectory"}
+    assert least["layout"] == "training's layout is one rank, as that of the other gates"
+    none = reasons(replace(ONE, free=16e9), bf16=True, **plain)
+    assert set(none) == {"layout", "dtype", "gradients", "trajectory"}
+    assert none["layout"] == "12 GB of memory are needed and 11 GB may be used"
+    slow = reasons(replace(ONE, rate=1e9), bf16=True, **plain)
+    assert "more than parity.minutes" in slow["gradients"] and "gpu" in slow
+
+
+def test_a_copy_of_the_model_on_each_rank_takes_memory_for_each() -> None:
+    assert reasons(FOUR, bf16=True, **LAID_OUT) == {}
+    whole = "gradients with one tensor parallel rank"
+    # 4 * 12 and 8 bytes a parameter, which as many ranks on two nodes share.
+    little = replace(FOUR, free=75e9)
+    found = reasons(little, bf16=True, with_steps=False, **LAID_OUT)
+    assert found[whole] == "56 GB of memory are needed and 52 GB may be used"
+    assert set(found) == {whole, "trajectory"}
+    assert whole not in reasons(replace(little, on_a_node=2), bf16=True, **LAID_OUT)
+    # Gradients that are not measured at all are not listed twice.
+    assert whole not in reasons(replace(FOUR, free=50e9), bf16=True, **LAID_OUT)
+
+
+def test_what_expert_parallel_ranks_have_copies_of_counts_for_each() -> None:
+    size = Size(parameters=10**9, in_experts=5 * 10**8)
+    needed = bytes_needed({"expert_model_parallel_size": 4}, size, FOUR)
+    assert needed["layout"] == 12 * (4 * 5e8 + 5e8)
+    assert bytes_needed(LAID_OUT, size, FOUR)["layout"] == 12e9
+    sixteen = replace(FOUR, ranks=16, on_a_node=16)
+    layout = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 4}
+    needed = bytes_needed(layout, size, sixteen)
+    assert needed["layout"] == 12e9 and needed["gradients"] == 40e9
+    assert needed["gradients with one tensor parallel rank"] == 200e9
+
+
+def part(key: str, offset: int, digest: bytes) -> Part:
+    return Part(
+        key=key, whole=(4,), offset=(offset,), shape=(2,), dtype=torch.float32, digest=digest
+    )
+
+
+def test_of_copies_that_are_alike_none_is_sent() -> None:
+    table = [
+        [part("norm", 0, b"n"), part("weight", 0, b"w"), part("other", 0, b"o")],
+        [part("norm", 0, b"x"), part("other", 0, b"o"), part("other", 2, b"p")],
+        [part("norm", 0, b"n"), part("weight", 2, b"v")],
+    ]
+    # What the last rank lacks, once; and a norm that is not the others'.
+    assert parts_to_send(table) == [(0, 1), (0, 2), (1, 0), (1, 2)]
+    gathered = Gathered()
+    for each, value in ((table[2][0], 1.0), (table[1][0], 1.5), (table[2][1], 2.0)):
+        put(gathered, each, torch.full((2,), value))
+    assert gathered.copies == {"norm": 0.5}
+    assert gathered.tensors["norm"][:2].tolist() == [1.0, 1.0]
+    assert gathered.tensors["weight"].isnan().tolist() == [True, True, False, False]

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megaqwen.parity.affordable import DTYPE_GATE, GPU_GATE
 from megaqwen.parity.comparing import relative
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.gpu import THRESHOLDS
-from megaqwen.parity.on_all_ranks import DTYPE_GATE, GPU_GATE, FromRanks
+from megaqwen.parity.on_all_ranks import FromRanks
 from megaqwen.parity.reference import Sequences, outputs_of
 from megaqwen.weights import HuggingFaceWeights
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -24,7 +25,19 @@ from megaqwen.config.rank_options import (
     number_format,
     taken,
 )
-from megaqwen.parity.batches import MOST_TOKENS, make_batches
+from megaqwen.parity.affordable import (
+    DTYPE_GATE,
+    GRADIENTS,
+    LAYOUT_GATE,
+    ONE_RANK,
+    TRAINED_TOKENS,
+    TRAJECTORY,
+    WHOLE_MODEL,
+    Machine,
+    Size,
+    reasons_not_to,
+)
+from megaqwen.parity.batches import make_batches
 from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_outputs import expert_choices, to_last_rank
 from megaqwen.parity.ranked_model import (
@@ -42,23 +55,6 @@ from megaqwen.provenance import peak_memory_bytes
 
 logger = logging.getLogger("megaqwen.parity")
 
-LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
-GPU_GATE = "gpu"
-ONE_RANK = "one tensor parallel rank"
-BYTES = {LAYOUT_GATE: 12, DTYPE_GATE: 12, GRADIENTS: 40, TRAJECTORY: 64, GPU_GATE: 0}
-"""Of memory for each parameter: Megatron's weights, gradients and moments, then transformers' in
-float64 and float32."""
-PASSES = {LAYOUT_GATE: 4, DTYPE_GATE: 12, GRADIENTS: 15, TRAJECTORY: 12, GPU_GATE: 8}
-"""What they cost in forward passes of float32 over TRAINED_TOKENS; a trajectory, for each step.
-
-Forward and backward are 3, and float64 counts twice: gradients are Megatron's under training's layout and
-on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKENS, in three models, of
-which the third may be on a GPU.
-"""
-FREE_SHARE = 0.7
-"""Of the memory that is free, what the gates may take."""
-TRAINED_TOKENS = MOST_TOKENS // 4
-"""Of a batch that is trained on: forward and backward, and in float64 as well."""
 SAMPLED = 16
 """Sequences of the comparison in training's dtype: of a few, chance would decide."""
 
@@ -104,7 +100,7 @@ def measure_on_ranks(
     checkpoint: Path,
     architecture: Mapping[str, Any],
     vocabulary: int,
-    parameters: int,
+    size: Size,
     texts: Callable[[], list[list[int]]],
     positions: int,
     rounded_to: torch.dtype | None,
@@ -117,7 +113,7 @@ def measure_on_ranks(
         checkpoint: The directory with latest_checkpointed_iteration.txt.
         architecture: What the checkpoint records of its model.
         vocabulary: Rows of the embedding that stand for tokens.
-        parameters: Of the model.
+        size: The model's.
         texts: Token ids to make batches of; the last rank is asked.
         positions: The longest sequence.
         rounded_to: The dtype that the other model's weights are stored in, if it is narrower.
@@ -127,7 +123,7 @@ def measure_on_ranks(
     train: dict[str, Any] = dict(config.train)
     dtype = number_format(train)
     count = config.parity.trajectory_iterations if with_steps else 0
-    reasons = reasons_not_to(config, parameters, dtype, with_steps=with_steps)
+    reasons = reasons_not_to(config, size, shared_machine(), with_steps=with_steps)
     recipe = recipe_of(train, count)
     if isinstance(recipe, str):
         reasons.setdefault(TRAJECTORY, recipe)
@@ -150,7 +146,9 @@ def measure_on_ranks(
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     if LAYOUT_GATE not in reasons:
-        found |= in_float32(model_of, train, batches, reasons)
+        found |= under_layout(model_of, train, batches, reasons)
+        if WHOLE_MODEL not in reasons and GRADIENTS not in reasons and ranks > 1:
+            found["gradients"][ONE_RANK] = on_copies(model_of, batches[0])
         seconds["ranks"] = time.perf_counter() - started
     started = time.perf_counter()
     if DTYPE_GATE not in reasons:
@@ -195,7 +193,7 @@ class ModelOf:
         return ranked_model(asked, self.rounded_to)
 
 
-def in_float32(
+def under_layout(
     model_of: ModelOf, train: Mapping[str, Any], batches: Sequence[Tensor], reasons: Container[str]
 ) -> dict[str, Any]:
     """Of `FromRanks` the outputs under training's layout and, but for reasons, gradients and steps."""
@@ -208,10 +206,13 @@ def in_float32(
             found["gradients"]["training's layout"] = model.gradients(first)
         if TRAJECTORY not in reasons:
             found["steps"] = model.steps(batches)
-    if torch.distributed.get_world_size() > 1 and GRADIENTS not in reasons:
-        with model_of({}, first) as model:
-            found["gradients"][ONE_RANK] = model.gradients(first)
     return found
+
+
+def on_copies(model_of: ModelOf, batch: Tensor) -> Gradients | None:
+    """The gradients where every rank has a copy of the whole model; a function, so that it goes."""
+    with model_of({}, batch) as model:
+        return model.gradients(batch)
 
 
 def in_training_dtype(
@@ -230,43 +231,12 @@ def shared(make: Callable[[], list[Tensor]]) -> list[Tensor]:
     return found[0] or []
 
 
-def reasons_not_to(
-    config: Config, parameters: int, dtype: str, *, with_steps: bool
-) -> dict[str, str]:
-    """The gates that are not measured, and why; the same on every rank."""
-    machine = [free_memory() * FREE_SHARE, operations_per_second()]
-    torch.distributed.broadcast_object_list(machine, src=0)  # one answer for all ranks
-    free, rate = machine
-    passes = {**PASSES, TRAJECTORY: PASSES[TRAJECTORY] * config.parity.trajectory_iterations}
-    reasons = {}
-    for gate, size in BYTES.items():
-        minutes = passes[gate] * 2 * parameters * TRAINED_TOKENS / rate / 60
-        if parameters * size > free:
-            reasons[gate] = (
-                f"{parameters * size / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB"
-                " may be used"
-            )
-        elif minutes > config.parity.minutes:
-            reasons[gate] = f"it would take {minutes:.2g} minutes, more than parity.minutes"
-    if LAYOUT_GATE in reasons:  # whose model the others need as well
-        on_cpu = [gate for gate in BYTES if gate != GPU_GATE]
-        reasons = dict.fromkeys(on_cpu, reasons[LAYOUT_GATE]) | reasons
-    if dtype in ("fp8", "fp4"):
-        reasons[DTYPE_GATE] = f"{dtype} needs a GPU, and this gate is measured on CPUs"
-    if dtype == "float16":
-        reasons[DTYPE_GATE] = "float16 with its loss scale is not among what parity measures"
-    if dtype == "float32":
-        reasons[DTYPE_GATE] = "training is in float32, which the other gates measure"
-    if dtype in ("float16", "float32"):
-        reasons.pop(GPU_GATE, None)  # neither has such a gate
-    if not config.parity.gradients:
-        reasons[GRADIENTS] = "parity.gradients is false"
-    if not with_steps:
-        reasons[TRAJECTORY] = "measured before training"
-    elif not config.parity.trajectory_iterations:
-        reasons[TRAJECTORY] = "parity.trajectory_iterations is 0"
-    if torch.distributed.get_world_size() == 1 and {GRADIENTS, TRAJECTORY} <= reasons.keys():
-        reasons.setdefault(LAYOUT_GATE, "training's layout is one rank, as that of the other gates")
-    if config.train.get("context_parallel_size", 1) != 1:
-        reasons["context parallel"] = "it needs a GPU; the layout was measured without it"
-    return reasons
+def shared_machine() -> Machine:
+    """What the ranks of this job may take: one answer for all of them."""
+    ranks = torch.distributed.get_world_size()
+    told: list[Any] = [None] * ranks
+    mine = (gethostname(), free_memory(), operations_per_second())
+    torch.distributed.all_gather_object(told, mine)
+    nodes, free, rates = zip(*told, strict=True)
+    on_a_node = max(nodes.count(node) for node in nodes)
+    return Machine(ranks=ranks, on_a_node=on_a_node, free=min(free), rate=min(rates))

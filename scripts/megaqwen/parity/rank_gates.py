@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaqwen.parity.affordable import GRADIENTS, LAYOUT_GATE, TRAJECTORY
 from megaqwen.parity.comparing import PointError, nan_is_worst, point_error
 from megaqwen.parity.dtype_gates import hold_dtypes
 from megaqwen.parity.gates import Gate, layers_gate
 from megaqwen.parity.gathering import Gathered
-from megaqwen.parity.on_all_ranks import GRADIENTS, LAYOUT_GATE, TRAJECTORY, FromRanks
+from megaqwen.parity.on_all_ranks import FromRanks
 from megaqwen.parity.reference import (
     Sequences,
     Tensors,

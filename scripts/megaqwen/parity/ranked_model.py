@@ -5,6 +5,7 @@ Every rank of the job runs this. Model, optimizer and schedule are set up by the
 through training's own forward step. Call `cpu_emulation.install` before this is imported.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,18 +256,37 @@ def model_options(
     return options
 
 
+def release(model: RankedModel) -> None:
+    """Give the memory of a model back, whoever still refers to it.
+
+    A distributed optimizer's tensors, and what a dispatcher of tokens keeps, hold nodes of autograd, and
+    their hooks hold the model: no collector looks into such a circle.
+    """
+    model.config.grad_scale_func = None
+    for chunk in model.model:
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.new_empty(0)
+            parameter.main_grad = parameter.grad = None
+        vars(chunk).clear()
+
+
 @contextmanager
 def ranked_model(
     options: Mapping[str, Any], rounded_to: torch.dtype | None = None
 ) -> Iterator[RankedModel]:
     """A model over the ranks of this job; afterwards they are free for another."""
+    gc.collect()  # what is left of an earlier model, whose parts refer to each other
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     use_compiled_helpers()
     global_vars.unset_global_variables()
     unset_num_microbatches_calculator()
+    model: RankedModel | None = None
     try:
-        yield RankedModel(options, rounded_to)
+        model = RankedModel(options, rounded_to)
+        yield model
     finally:
+        if model:
+            release(model)
         destroy_global_state()
         for group in list(distributed_c10d._world.pg_map):
             if group is not torch.distributed.group.WORLD:

@@ -3,6 +3,7 @@
 Call `cpu_emulation.install` before this is imported.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
 from megaqwen.config import Config
 from megaqwen.environment import Surroundings
+from megaqwen.parity.affordable import GPU_GATE, Size
 from megaqwen.parity.gpu import (
     THRESHOLDS,
     computes_in,
@@ -22,7 +24,7 @@ from megaqwen.parity.gpu import (
     forward_options,
 )
 from megaqwen.parity.megatron import recorded_options
-from megaqwen.parity.on_all_ranks import GPU_GATE, FromRanks, ModelOf, measure_on_ranks
+from megaqwen.parity.on_all_ranks import FromRanks, ModelOf, measure_on_ranks
 from megaqwen.parity.texts import tokenized_texts
 from megaqwen.training.ranks import rank_from_environment
 from megaqwen.weights.bridge import checked_model
@@ -54,7 +56,7 @@ def over_ranks(
     weights, _ = checked_model(model)
     described = megatron_options(weights.config)
     recorded = recorded_options(checkpoint, described)
-    shapes = tensor_shapes(read_architecture(weights.config)).values()
+    shapes = tensor_shapes(read_architecture(weights.config))
     limit = min(
         config.parity.max_tokens,
         weights.config["max_position_embeddings"],
@@ -62,14 +64,16 @@ def over_ranks(
     )
     stored = set(weights.dtypes.values()) if rounded else set()
     rounded_to = stored.pop() if len(stored) == 1 else None
-    parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    in_experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    size = Size(parameters=sum(sizes.values()), in_experts=in_experts)
     join()
     found = measure_on_ranks(
         config=config,
         checkpoint=checkpoint,
         architecture=recorded,
         vocabulary=weights.config["vocab_size"],
-        parameters=parameters,
+        size=size,
         texts=lambda: list(tokenized_texts(model, data, config, limit, limit).values()),
         positions=limit,
         rounded_to=rounded_to,
@@ -84,7 +88,7 @@ def over_ranks(
         vocabulary=weights.config["vocab_size"],
         rounded_to=rounded_to,
     )
-    return with_gpu(found, dict(config.train), model_of, parameters, outside)
+    return with_gpu(found, dict(config.train), model_of, size.parameters, outside)
 
 
 def with_gpu(
