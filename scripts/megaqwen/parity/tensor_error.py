@@ -27,7 +27,7 @@ class TensorError:
 
     @property
     def ratio(self) -> float:
-        """The error in units of what rounding does; of two equal results 0."""
+        """The error in units of what rounding does."""
         return in_units(self.error, self.null)
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
 """Two models walk through the same texts side by side, a layer at a time, so that size is no limit.
 
 The Hugging Face model walks twice, in float32 and in float64: how far the two are apart is what
-rounding alone does, at every point, and the Megatron model may not be much further away.
+rounding alone does, at every point, and the Megatron model may not be much further away. Where
+transformers itself stays in float32, a rounding of float32 is the least that is allowed for.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
