@@ -147,6 +147,38 @@ def test_each_tensor_keeps_its_dtype(model: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_stays_bfloat16_in_the_checkpoint(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_of_several_dtypes_none_rounds_what_was_trained(tiny_qwen3: Path, tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+
+    def narrow_all_but_norms(tensors: Tensors) -> None:
+        names = [name for name in tensors if "norm" not in name]
+        tensors.update({name: tensors[name].bfloat16() for name in names})
+
+    def train(tensors: Tensors) -> None:
+        """As if float32 had been trained from there."""
+        for name in tensors:
+            tensors[name] = tensors[name].float()
+        tensors[norm].mul_(1.0 + 2**-20)
+
+    source = changed(tiny_qwen3, tmp_path / "source", narrow_all_but_norms)
+    trained = converted(changed(source, tmp_path / "trained", train), tmp_path / "megatron")
+    back = tensors_of(exported(source, trained, tmp_path / "back", max_shard_bytes=10**9))
+    assert back[QUERY].dtype == torch.bfloat16 and back[norm].dtype == torch.float32
+    further = changed(
+        tmp_path / "trained",
+        tmp_path / "further",
+        lambda tensors: tensors[QUERY].mul_(1.0 + 2**-20),
+    )
+    trained = converted(further, tmp_path / "trained further")
+    message = f"{QUERY} is bfloat16 there, .* choose one for all under export.dtype"
+    with pytest.raises(InputError, match=message):
+        exported(source, trained, tmp_path / "refused", max_shard_bytes=10**9)
+    (tmp_path / "wide").mkdir()
+    words = {"dtype": torch.float32, "max_shard_bytes": 10**9}
+    export_to_huggingface(source, trained, tmp_path / "wide", **words)
+    assert_same_bits(tensors_of(further), tensors_of(tmp_path / "wide"))
+
+
     def narrow(tensors: Tensors) -> None:
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 

@@ -195,7 +195,8 @@ class Export(Section):
     """The Hugging Face directory that comes out."""
 
     dtype: Literal["source", "float32", "bfloat16"] = "source"
-    """source keeps the dtype that each tensor had in the model that was downloaded."""
+    """source keeps the dtype that each tensor had in the model that was downloaded; where those are
+    several, one that would round a trained tensor is refused."""
     max_shard_gigabytes: float = Field(default=5.0, gt=0)
     """Largest safetensors file, in units of 10^9 bytes."""
 

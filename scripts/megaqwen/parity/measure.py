@@ -158,7 +158,7 @@ def measure(
     )
     longest = max(len(ids) for ids in (*texts.values(), *continued.values()))
     stored = set(weights.dtypes.values()) if rounded else set()
-    # With several dtypes the weights stay as they are, and the gate decides.
+    # With several dtypes nothing was rounded: the export refuses to.
     rounded_to = stored.pop() if len(stored) == 1 else torch.float32
     vocabulary = weights.config["vocab_size"]
     own = {EXACT: HuggingFaceLayers(weights, torch.float64), REFERENCE: reference}

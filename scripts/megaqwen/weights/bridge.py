@@ -19,6 +19,7 @@ from megaqwen.architecture import (
     read_architecture,
     tensor_shapes,
 )
+from megaqwen.errors import InputError
 from megaqwen.sources.verify import check_architecture, has_weights
 from megaqwen.weights.huggingface import HuggingFaceWeights
 from megaqwen.weights.mapping import Transfer, plan_transfers
@@ -209,7 +210,8 @@ def export_to_huggingface(
         terminal: Where to say how far it is.
 
     Raises:
-        InputError: The checkpoint is not there or not of this model.
+        InputError: The checkpoint is not there or not of this model; or the tensors of `model` have
+            several dtypes, in which a trained one would be rounded.
     """
     started = time.monotonic()
     source = HuggingFaceWeights(model)
@@ -217,6 +219,7 @@ def export_to_huggingface(
     saved, transfers = checked_checkpoint(checkpoint, qwen, iteration)
     shapes = tensor_shapes(qwen)
     dtypes = {name: dtype or source.dtypes[name] for name in shapes}
+    several = len(set(dtypes.values())) > 1
     files = plan_files(shapes, dtypes, max_shard_bytes)
     total = sum(entry.bytes for entries in files.values() for entry in entries.values())
     memory = {transfer: memory_to_read(transfer, saved) for transfer in transfers}
@@ -229,7 +232,9 @@ def export_to_huggingface(
             with budget.taken(memory[transfer]):
                 parts = transfer.transform.split(saved.read(transfer))
                 for name, tensor in zip(transfer.huggingface, parts, strict=True):
-                    if name in entries:
+                    if name in entries and several:
+                        yield name, exactly(tensor, dtypes[name], f"{model}: {name}")
+                    elif name in entries:
                         yield name, tensor.to(dtypes[name])
 
     def task(file: str) -> dict[str, Any]:
@@ -256,6 +261,21 @@ def export_to_huggingface(
         write_index(directory, files)
     known = {directory / file: facts for file, facts in zip(files, described, strict=True)}
     return streamed(shapes, dtypes, total, started, known)
+
+
+def exactly(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype that has all of its values; InputError where that rounds one.
+
+    What one dtype of a whole model rounds, parity rounds in Megatron's model as well; of several it
+    could not tell a rounding from a mistake.
+    """
+    found = tensor.to(dtype)
+    if bool(((found.to(tensor.dtype) != tensor) & ~tensor.isnan()).any()):
+        raise InputError(
+            f"{name} is {str(dtype)[6:]} there, which would round what training made of it, and other"
+            " tensors have another dtype: choose one for all under export.dtype, float32 or bfloat16"
+        )
+    return found
 
 
 def memory_to_read(transfer: Transfer, saved: MegatronWeights) -> int:
