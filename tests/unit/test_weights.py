@@ -26,6 +26,7 @@ from megaqwen.weights import (
     read_hf_tensors,
 )
 from megaqwen.weights.bridge import checked_model
+from megaqwen.weights.huggingface import EMBEDDING, HEAD
 from megaqwen.weights.transforms import GateUp, QueryKeyValue
 
 Tensors = dict[str, Tensor]
@@ -146,7 +147,6 @@ def test_each_tensor_keeps_its_dtype(model: Path, tmp_path: Path) -> None:
     assert_same_bits(tensors, tensors_of(back))
 
 
-def test_bfloat16_stays_bfloat16_in_the_checkpoint(tiny_qwen3: Path, tmp_path: Path) -> None:
 def test_of_several_dtypes_none_rounds_what_was_trained(tiny_qwen3: Path, tmp_path: Path) -> None:
     norm = "model.layers.1.input_layernorm.weight"
 
@@ -179,6 +179,7 @@ def test_of_several_dtypes_none_rounds_what_was_trained(tiny_qwen3: Path, tmp_pa
     assert_same_bits(tensors_of(further), tensors_of(tmp_path / "wide"))
 
 
+def test_bfloat16_stays_bfloat16_in_the_checkpoint(tiny_qwen3: Path, tmp_path: Path) -> None:
     def narrow(tensors: Tensors) -> None:
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
@@ -230,7 +231,12 @@ def put(name: str, tensor: Tensor) -> Callable[[Tensors], None]:
         (put(QUERY, torch.zeros(288, 191)), rf"{QUERY} has shape \[288, 191\].* \[288, 192\]"),
         (put(QUERY, torch.zeros(288, 192).to(torch.float8_e4m3fn)), f"{QUERY} has dtype F8_E4M3"),
         (put("model.layers.1.self_attn.q_proj.bias", torch.zeros(288)), "q_proj.bias: not part of"),
-        (put("lm_head.weight", torch.zeros(2560, 192)), "tie_word_embeddings, but lm_head.weight"),
+        (put(HEAD, torch.zeros(2560, 192)), "tie_word_embeddings, but lm_head.weight"),
+        # A tied head that is stored: what it is held against is looked at first.
+        (lambda tensors: put(HEAD, tensors.pop(EMBEDDING))(tensors), f"{EMBEDDING}: missing"),
+        (put(HEAD, torch.zeros(2560, 192).half()), "tie_word_embeddings, but lm_head.weight"),
+        (put(HEAD, torch.zeros(2560, 192).double()), "lm_head.weight has dtype F64; supported"),
+        (put(HEAD, torch.zeros(2559, 192)), r"lm_head.weight has shape \[2559, 192\]"),
     ],
 )
 def test_what_is_not_the_model_is_refused(

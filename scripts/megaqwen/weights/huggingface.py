@@ -63,9 +63,9 @@ class HuggingFaceWeights:
         """InputError unless the files hold exactly the tensors of this architecture."""
         expected = tensor_shapes(qwen)
         found = set(self.entries)
-        if qwen.tied_embeddings and HEAD in found:
-            self.check_tied_head()
-            found.discard(HEAD)
+        stored_twice = qwen.tied_embeddings and HEAD in found
+        if stored_twice:
+            expected[HEAD] = expected[EMBEDDING]
         problems = {
             "missing": sorted(expected.keys() - found),
             "not part of the model that config.json describes": sorted(found - expected.keys()),
@@ -85,10 +85,14 @@ class HuggingFaceWeights:
                     f"{path}: {name} has dtype {entry['dtype']};"
                     f" supported: {', '.join(DTYPES)}. Give the model before quantization"
                 )
+        if stored_twice:
+            self.check_tied_head()
 
     def check_tied_head(self) -> None:
         """InputError where config.json ties the output head, but the file's differs."""
-        if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
+        embedding, head = self.read(EMBEDDING), self.read(HEAD)
+        wider = torch.promote_types(embedding.dtype, head.dtype)
+        if not torch.equal(embedding.to(wider), head.to(wider)):
             raise InputError(
                 f"{self.directory}: config.json says tie_word_embeddings, but {HEAD} differs from"
                 f" {EMBEDDING}: set it to false to keep both"
