@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import options, run_script, write_config
+from megaqwen.config import load_config
+from megaqwen.parity.texts import tokenized_texts
 from megaqwen.provenance import read_json, write_json
 from megaqwen.weights import convert_to_megatron
 from workspace import OPTIONS, Workspace
@@ -130,7 +132,7 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     for gate in found["gates"]:
         assert gate["passed"] and 0 <= gate["value"] <= gate["threshold"]
         assert f"passed {gate['name']}: {gate['statistic']} " in text
-    texts = ["text 1", "text 2", "chat", "lines 1", "lines 2"]
+    texts = ["given text 1", "given text 2", "chat", "lines 1", "lines 2"]
     continued = [f"{name} continued" for name in texts[:4]]
     assert [row["text"] for row in found["texts"]] == [*texts, "full length", *continued]
     assert list(found["continuations"]) == continued
@@ -148,6 +150,16 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     held_out = found["perplexity"]
     assert (held_out["kind"], held_out["samples"], held_out["targets"]) == ("test", 4, 4 * 64)
     assert 7 < held_out["reference_loss"] < 9 and held_out["logged"] is None
+
+
+def test_a_corpus_may_have_any_name(qwen3: Crossing, tmp_path: Path) -> None:
+    for kind in ("bin", "idx"):
+        shutil.copyfile(qwen3.data / f"lines.{kind}", tmp_path / f"text.{kind}")
+    corpora = {"corpora": [{"name": "text", "source": "builtin"}]}
+    config = load_config(qwen3.config, {"data": corpora})
+    found = tokenized_texts(qwen3.model, tmp_path, config, 40, 64)
+    names = ["given text 1", "given text 2", "chat", "text 1", "text 2", "full length"]
+    assert list(found) == names
 
 
 def test_one_flipped_bit_fails_at_its_tensor(qwen3: Crossing) -> None:

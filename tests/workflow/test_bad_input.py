@@ -144,7 +144,7 @@ def test_parity_needs_no_held_out_documents(workspace: Workspace, tmp_path: Path
     done = run_script("parity.py", *given)
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "parity.json").read_text())["results"]
-    texts = {"text 1", "chat"}  # what the config gives, and the same as a chat
+    texts = {"given text 1", "chat"}  # what the config gives, and the same as a chat
     assert {text["text"] for text in results["texts"]} == texts | {
         f"{name} continued" for name in texts
     }

@@ -49,7 +49,8 @@ def tokenized_texts(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     given = config.parity.texts
-    texts = {f"text {number}": tokenizer.encode(text) for number, text in enumerate(given, 1)}
+    # Named so that no corpus, whose name has no space, has texts of the same name.
+    texts = {f"given text {number}": tokenizer.encode(text) for number, text in enumerate(given, 1)}
     if tokenizer.chat_template:
         texts["chat"] = chat_prompt(tokenizer, given[0])
     wanted, joined = config.parity.held_out_documents, []
