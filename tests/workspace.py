@@ -148,7 +148,7 @@ class Workspace:
             trained: With the checkpoints.
             model: The Hugging Face directory that was exported from it.
             options: Of the training.
-            cases: NAME:SEED:SAMPLES each.
+            cases: NAME:SEED:SAMPLES:POSITIONS each, see there.
         """
         words = {
             "config": self.config("held-out-loss", options),

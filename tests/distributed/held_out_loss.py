@@ -3,8 +3,9 @@
     python held_out_loss.py --config FILE --model DIR --checkpoint DIR --data DIR --train-manifest FILE \\
         CASE...
 
-A case is NAME:SEED:SAMPLES: the seed of the run's data, and how many samples are affordable. Prints a
-JSON object: by the cases' names, what was measured and the gates.
+A case is NAME:SEED:SAMPLES:POSITIONS: the seed of the run's data, how many samples are affordable, and
+how long a text fits the memory. Prints a JSON object: by the cases' names, what was measured and the
+gates.
 """
 
 import argparse
@@ -30,9 +31,10 @@ def main() -> None:
 
     from megaqwen.architecture import megatron_options
     from megaqwen.config import load_config
+    from megaqwen.parity import perplexity
     from megaqwen.parity.heldout import sequence_length
     from megaqwen.parity.megatron import recorded_options
-    from megaqwen.parity.perplexity import PASSES, Crossing, measure_perplexity, perplexity_gates
+    from megaqwen.parity.perplexity import PASSES, Crossing, perplexity_gates
     from megaqwen.provenance import read_json
     from megaqwen.weights.bridge import checked_model
 
@@ -41,7 +43,7 @@ def main() -> None:
     del described["padded_vocab_size"]
     found = {}
     for case in arguments.cases:
-        name, seed, samples = case.split(":")
+        name, seed, samples, positions = case.split(":")
         config = load_config(arguments.config, {"data": {"seed": int(seed)}})
         crossing = Crossing(
             weights=weights,
@@ -55,7 +57,8 @@ def main() -> None:
             trained=read_json(arguments.train_manifest)["results"],
         )
         budget = float(samples) * sequence_length(config) * PASSES
-        measured = measure_perplexity(crossing, budget)
+        perplexity.positions_in_memory = lambda heads, most=int(positions): most
+        measured = perplexity.measure_perplexity(crossing, budget)
         assert measured is not None
         found[name] = {
             "measured": asdict(measured),

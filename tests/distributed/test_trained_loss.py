@@ -45,7 +45,8 @@ def test_the_exported_model_has_the_loss_that_training_logged(
     workspace: Workspace, trained: Path, exported: Path
 ) -> None:
     found = workspace.held_out_loss(
-        trained, exported, TWO_RANKS, "all:1234:8", "two:1234:2.5", "none:1234:0.5"
+        *(trained, exported, TWO_RANKS),
+        *("all:1234:8:64", "two:1234:2.5:64", "none:1234:0.5:64", "too long:1234:8:48"),
     )
     logged = read_json(trained.parents[1] / "manifest.json")["results"]["test_loss"]
     for name, samples in (("all", SAMPLES), ("two", 2)):
@@ -59,14 +60,15 @@ def test_the_exported_model_has_the_loss_that_training_logged(
     # Not one whole sample: the models are compared, and nothing is said of the training.
     assert set(found["none"]["gates"]) == {"perplexity"}
     assert found["none"]["measured"]["targets"] == 32
+    assert set(found["too long"]["gates"]) == {"perplexity"}
+    assert found["too long"]["measured"]["targets"] == 48
 
 
 def test_other_samples_have_another_loss(
     workspace: Workspace, trained: Path, exported: Path
 ) -> None:
-    gates = workspace.held_out_loss(trained, exported, TWO_RANKS, "another seed:7:8")[
-        "another seed"
-    ]["gates"]
+    case = "another seed:7:8:64"
+    gates = workspace.held_out_loss(trained, exported, TWO_RANKS, case)["another seed"]["gates"]
     assert gates["perplexity"]["passed"] and not gates["trained loss"]["passed"]
     assert gates["trained loss"]["value"] > 10 * gates["trained loss"]["threshold"]
 

@@ -122,8 +122,11 @@ def heldout_samples(
     made: Mapping[str, Any],
     vocabulary: int,
     affordable: float,
+    longest: int,
 ) -> list[Sample]:
     """The evaluation's samples: all that are affordable, and of the first at least its beginning.
+
+    Where one has a text that is too long for the memory, it is the beginning of the first as well.
 
     Those come first whose losses training kept.
 
@@ -134,6 +137,7 @@ def heldout_samples(
         made: The results in its manifest.
         vocabulary: The model's, in ids.
         affordable: Tokens.
+        longest: Positions of a text that fit the memory.
     """
     use_compiled_helpers()
     length = sequence_length(config)
@@ -153,8 +157,9 @@ def heldout_samples(
         else:
             chosen = (kept or every)[: max(1, int(affordable // length))]
         samples = [sample_of(index, dataset[index]) for index in chosen]
-    if affordable < length:
-        samples = [samples[0].beginning(max(2, int(affordable)))]
+    lengths = (len(text.tokens) for sample in samples for text in sample.texts())
+    if affordable < length or max(lengths) > longest:
+        samples = [samples[0].beginning(max(2, min(int(affordable), longest)))]
     return samples
 
 

@@ -1,7 +1,7 @@
 """transformers' model, one layer in memory at a time: the reference that Megatron is held against."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -54,23 +54,29 @@ class HuggingFaceLayers:
     def embed(self, texts: list[Tensor]) -> list[Tensor]:
         """[positions, hidden] embeddings of each text, [positions] token ids."""
         decoder = self.model.model
-        self.calls: list[dict[str, Any]] = []
-        hidden = []
+        hidden: dict[int, Tensor] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        reached: list[tuple[Tensor, dict[str, Any]]] = []
+        mask: Tensor | None = None
 
         def stop(module: nn.Module, args: tuple[Tensor], call: dict[str, Any]) -> None:
-            hidden.append(args[0][0])
-            self.calls.append(call)
+            reached.append((args[0][0], call))
             raise FirstLayerReached
 
         hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         with self.loaded(decoder.embed_tokens, {"weight": self.read(EMBEDDING)}):
-            for tokens in texts:
-                try:
-                    self.model(tokens[None], use_cache=False)
-                except FirstLayerReached:
-                    continue
+            for index in sorted(range(len(texts)), key=lambda each: -len(texts[each])):
+                with suppress(FirstLayerReached):
+                    self.model(texts[index][None], use_cache=False)
+                hidden[index], call = reached.pop()
+                # [positions, positions] for each text would be more than all else: a shorter text's is
+                # a corner of the longest one's.
+                mask = call["attention_mask"] if mask is None else mask
+                length = len(texts[index])
+                calls[index] = {**call, "attention_mask": mask[..., :length, :length]}
         hook.remove()
-        return hidden
+        self.calls = [calls[index] for index in range(len(texts))]
+        return [hidden[index] for index in range(len(texts))]
 
     @torch.no_grad()
     def layer(

@@ -24,6 +24,7 @@ from megaqwen.parity.heldout import (
 )
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.parity.megatron import MegatronLayers
+from megaqwen.parity.texts import positions_in_memory
 from megaqwen.parity.walk import OTHER, REFERENCE, FollowingLayers, Layers, through_layer
 from megaqwen.weights import HuggingFaceWeights
 
@@ -115,6 +116,7 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         crossing.made,
         weights.config["vocab_size"],
         budget / PASSES,
+        positions_in_memory(weights.config["num_attention_heads"]),
     )
     expected, found = both_losses(
         HuggingFaceLayers(weights, torch.float32),
