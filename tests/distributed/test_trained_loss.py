@@ -73,23 +73,48 @@ def test_other_samples_have_another_loss(
     assert gates["trained loss"]["value"] > 10 * gates["trained loss"]["threshold"]
 
 
+@pytest.fixture(scope="module")
+def stale(workspace: Workspace, trained: Path) -> Path:
+    """With the checkpoints of the training, of which an earlier one counts as the latest; its export."""
+    directory = workspace.directory / "stale"
+    shutil.copytree(trained, directory / "checkpoints")
+    (directory / "checkpoints" / TRACKER).write_text("2")
+    script(
+        *("export.py", "--config", workspace.config("trained-loss", TWO_RANKS)),
+        *(
+            "--checkpoint",
+            directory / "checkpoints",
+            "--model",
+            workspace.directory / "model" / "hf",
+        ),
+        *(
+            "--train-manifest",
+            trained.parents[1] / "manifest.json",
+            "--output",
+            directory / "export",
+        ),
+    )
+    return directory
+
+
+def test_another_models_loss_is_found(workspace: Workspace, trained: Path, stale: Path) -> None:
+    """The checkpoint of the last iteration held against the export of an earlier one."""
+    hf = stale / "export" / "hf"
+    found = workspace.held_out_loss(trained, hf, TWO_RANKS, "all:1234:8:64")["all"]["gates"]
+    assert not found["perplexity"]["passed"] and not found["trained loss"]["passed"]
+    assert found["perplexity"]["value"] > 10 * found["perplexity"]["threshold"]
+
+
 def test_an_earlier_iteration_that_was_exported_is_found(
-    workspace: Workspace, trained: Path, exported: Path, tmp_path: Path
+    workspace: Workspace, trained: Path, stale: Path, tmp_path: Path
 ) -> None:
     """Every other gate passes: it is one model on both sides, but not the one that was trained."""
-    stale = tmp_path / "checkpoints"
-    shutil.copytree(trained, stale)
-    (stale / TRACKER).write_text("2")
-    config = workspace.config("trained-loss", TWO_RANKS)
-    model, manifest = workspace.directory / "model" / "hf", trained.parents[1] / "manifest.json"
-    words = ("--config", config, "--checkpoint", stale)
-    script(
-        *("export.py", *words, "--model", model, "--train-manifest", manifest),
-        *("--output", tmp_path / "export"),
-    )
+    manifest = trained.parents[1] / "manifest.json"
     done = run_script(
-        *("parity.py", *words, "--crossing", "export", "--model", tmp_path / "export" / "hf"),
-        *("--data", workspace.directory / "data", "--checkpoint-manifest", manifest),
+        *("parity.py", "--config", workspace.config("trained-loss", TWO_RANKS)),
+        *("--crossing", "export", "--model", stale / "export" / "hf"),
+        *("--checkpoint", stale / "checkpoints", "--data", workspace.directory / "data"),
+        *("--checkpoint-manifest", manifest),
         *("--output", tmp_path / "parity.json"),
     )
     assert done.returncode == 2, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megaqwen.parity.generation import continue_greedily
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.weights import HuggingFaceWeights
 from small_models import MODELS, make_model
@@ -37,3 +38,17 @@ def test_each_text_has_the_logits_of_transformers(model: Path, texts: list[torch
             torch.testing.assert_close(logits(norm(states)), expected, rtol=0, atol=1e-5)
     masks = {call["attention_mask"].untyped_storage().data_ptr() for call in layers.calls}
     assert len(masks) == 1, "memory for a mask of each text"
+
+
+def test_greedy_generation_is_that_of_transformers(model: Path, texts: list[torch.Tensor]) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    layers = HuggingFaceLayers(HuggingFaceWeights(model), torch.float32)
+    prompts = {str(number): tokens.tolist() for number, tokens in enumerate(texts)}
+    found = continue_greedily(layers, prompts, 6)
+    for name, prompt in prompts.items():
+        tokens = torch.tensor([prompt])
+        mask = torch.ones_like(tokens)
+        how = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "pad_token_id": 0}
+        whole.generation_config.eos_token_id = None
+        expected = whole.generate(tokens, attention_mask=mask, **how)[0].tolist()
+        assert found[name] == expected and len(expected) == len(prompt) + 6

@@ -7,7 +7,7 @@ import pytest
 
 from commands import run_benchmark
 from megaqwen.config.tiny_shapes import tiny_hf_config
-from sabotage import ALL, EXPERTS, SABOTAGES, TIES, Sabotage
+from sabotage import ALL, DENSE, EXPERTS, SABOTAGES, TIES, Sabotage
 
 CASES = [
     (architecture, sabotage)
@@ -63,6 +63,14 @@ def test_a_mistake_fails_its_gate(architecture: str, sabotage: Sabotage, rows: R
     if sabotage.point:
         assert row["first"] in row["gates"]["layers"]["detail"]
     assert row["cause"]
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+def test_no_gate_on_logits_passes_a_mistake_that_is_everywhere(
+    architecture: str, rows: Rows
+) -> None:
+    by_logits = {"logits", "mean logits", "argmax", "kl", "loss", "generation"}
+    assert by_logits <= set(failed(rows[architecture, "gate and up swapped"]))
 
 
 def test_there_are_enough_mistakes() -> None:
