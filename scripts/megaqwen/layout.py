@@ -32,7 +32,11 @@ RECIPE = {
 SHARED = {"model": "models", "megatron": "megatron", "data": "data", "gate": "gates"}
 
 # Under another of these a stopped training goes on. (The two optimizers save differently.)
-LAYOUT_OPTIONS = {*PARALLEL, "microbatch_group_size_per_vp_stage", "context_parallel_size"}
+LAYOUT_OPTIONS = {
+    *PARALLEL,
+    *("microbatch_group_size_per_vp_stage", "context_parallel_size", "micro_batch_size"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +191,8 @@ class Layout:
     def checkpoints(self) -> Path:
         """Training's checkpoints: another config, model or corpus never resumes from them.
 
-        Another parallel layout does: it computes the same, but for the order of sums.
+        Another parallel layout does, micro batch or recomputation: they compute the same, but for the
+        order of sums.
         """
         config = self.stage_config("train")
         train = {k: v for k, v in config["train"].items() if k not in LAYOUT_OPTIONS}

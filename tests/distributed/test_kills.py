@@ -217,7 +217,7 @@ def test_a_full_disk_in_a_save(
 
 @pytest.mark.slow
 def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
-    """From two data parallel ranks to two stages, and from there to two tensor parallel ranks."""
+    """From two data parallel ranks to two stages, to two tensor parallel ranks that take less memory."""
     training = Training(workspace, "layouts")
     shutil.copytree(straight.parents[1], training.directory.parents[1])
     (training.directory.parents[1] / "manifest.json").unlink()
@@ -231,10 +231,11 @@ def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
     curve, straight_curve = losses(training.directory), losses(straight)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3
     shutil.rmtree(training.directory / "iter_0000006")
-    tensor = {**OPTIONS, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    less = {"micro_batch_size": 1, "recompute_granularity": "selective"}
+    tensor = {**OPTIONS, **less, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert workspace.train("layouts", 2, tensor) == training.directory
     log = (workspace.directory / "layouts.log.rank1.log").read_text()
-    assert "saved under another layout: tensor 1 -> 2, pipeline 2 -> 1" in log
+    assert "saved under another layout: tensor 1 -> 2, pipeline 2 -> 1, micro batch 2 -> 1" in log
     assert "resuming after iteration 4" in log
     curve = losses(training.directory)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3

@@ -50,8 +50,9 @@ def test_of_equal_corpora_the_field_that_is_read_tells_checkpoints_apart() -> No
     "overlay",
     [
         {"train": {"adam_eps": 1.0e-8}},
-        {"train": {"pipeline_model_parallel_size": 1}},
-        {"train": {"recompute_granularity": None}},
+        {"train": {"pipeline_model_parallel_size": 2}},
+        {"train": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
+        {"train": {"micro_batch_size": 1}},
         {"parity": {"texts": ["Another text."]}},
         {"export": {"dtype": "bfloat16"}},
     ],

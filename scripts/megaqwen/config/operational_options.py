@@ -11,7 +11,7 @@ NAMES = """
     log_interval log_params_norm log_throughput log_progress log_num_zeros_in_grad log_energy
     log_timers_to_tensorboard log_loss_scale_to_tensorboard log_validation_ppl_to_tensorboard
     log_memory_to_tensorboard log_memory_interval log_device_memory_used
-    log_world_size_to_tensorboard logging_level tensorboard_log_interval tensorboard_queue_size
+    log_world_size_to_tensorboard logging_level tensorboard_queue_size
     timing_log_level timing_log_option barrier_with_L1_time moe_per_layer_logging
     log_straggler straggler_ctrlr_port straggler_minmax_count disable_straggler_on_startup
     profile profile_step_start profile_step_end profile_ranks nvtx_ranges record_shapes

@@ -17,6 +17,7 @@ def memory_advice(micro_batch_size: int) -> Iterator[None]:
         smaller = f"micro_batch_size below {micro_batch_size}, " if micro_batch_size > 1 else ""
         raise InputError(
             f"the GPU has too little memory for this training: {error}. Under train, give {smaller}"
-            "recompute_granularity: selective (or full), use_distributed_optimizer: true, or a"
-            " larger tensor_model_parallel_size or pipeline_model_parallel_size"
+            "recompute_granularity: selective (or full), or a larger tensor_model_parallel_size or"
+            " pipeline_model_parallel_size: it goes on from its last checkpoint. Or, which trains from"
+            " the start, use_distributed_optimizer: true"
         ) from error

@@ -36,11 +36,12 @@ LAYOUT = {
     "context": "context_parallel_size",
     "expert": "expert_model_parallel_size",
     "data": "data_parallel_size",
+    "micro batch": "micro_batch_size",
 }
 
 
 def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str:
-    """In words, what is parallel in another way than when the last checkpoint was saved."""
+    """In words, what is laid out in another way than when the last checkpoint was saved."""
     saved = saved_arguments(checkpoints) if resumed else None
     sizes = {
         kind: (getattr(saved, name, None), getattr(arguments, name))
