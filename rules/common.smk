@@ -1,5 +1,6 @@
 # The runs' configs and layouts, read once. Python lives in scripts/megaqwen; this names its results.
 import os
+import shutil
 import signal
 import sys
 import time
@@ -309,16 +310,16 @@ def watch_slurm_jobs():
     ):  # another one than that which submits to Slurm
         return
     remembered = remembered_seconds(executor)
-    not_by_squeue = forgets_too_soon(
-        remembered, settings.init_seconds_before_status_checks
-    )
+    first_look = settings.init_seconds_before_status_checks
+    # Without sacct squeue is asked in any case.
+    not_by_squeue = shutil.which("sacct") and forgets_too_soon(remembered, first_look)
     check_arrays(not_by_squeue)
     if settings.status_command == "squeue" and not_by_squeue:
         logger.warning(
             f"That somebody cancels a job will not be noticed: {not_by_squeue}"
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    watch_jobs(executor, logger.warning, remembered)
+    watch_jobs(executor, logger.warning, None if not_by_squeue else remembered)
 
 
 def check_arrays(not_by_squeue):

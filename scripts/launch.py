@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaqwen.checkpoints import newest_finished, prepare
+from megaqwen.checkpoints import beside, newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
 from megaqwen.errors import STOPPED, InputError, disk_is_full, is_disk_full
 from megaqwen.training import attempts
@@ -141,6 +141,8 @@ def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -
         prepared = prepare(directory, arguments.verify)
         for text in prepared.said:
             log.say(text)
+        if not (prepared.iteration or changed) and (other := beside(directory)):
+            log.say(other)
         record = attempts.next_attempt(
             directory,
             resumed=prepared.iteration,

@@ -123,8 +123,7 @@ def check_shards(manifests: Sequence[Path], config: Mapping[str, Any]) -> None:
 def find_model_manifest(model: Path, given: Path | None) -> Path:
     """The manifest of the stage that brought the model."""
     manifest = given or model.parent / "manifest.json"
-    if not model.is_dir():
-        raise InputError(f"there is no model directory {model}: run `snakemake download` first")
+    existing(model / "config.json", "download")
     if not manifest.is_file():
         raise InputError(
             f"there is no manifest {manifest} of the model: run `snakemake download` first, "

@@ -207,6 +207,16 @@ def newest_finished(root: Path) -> int:
     return max(finished_iterations(root), default=0)
 
 
+def beside(root: Path) -> str | None:
+    """In words, how far another training of the run came; None where there is none."""
+    places = [each for each in root.parent.glob("*") if each.is_dir() and each != root]
+    reached, place = max(((newest_finished(each), each) for each in places), default=(0, root))
+    if not reached:
+        return None
+    came = f"with other options or files one came to iteration {reached}: {place}"
+    return f"this training starts anew; {came}"
+
+
 def superfluous(saved: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:
     """The iterations whose checkpoints may go.
 

@@ -192,7 +192,7 @@ class Layout:
         """Training's checkpoints: another config, model or corpus never resumes from them.
 
         Another parallel layout does, micro batch or recomputation: they compute the same, but for the
-        order of sums.
+        order of sums and, with experts, the micro batch over which these are balanced.
         """
         config = self.stage_config("train")
         train = {k: v for k, v in config["train"].items() if k not in LAYOUT_OPTIONS}

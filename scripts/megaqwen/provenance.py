@@ -53,7 +53,11 @@ def sha256_file(path: Path) -> str:
 
 
 def existing(path: Path, stage: str) -> Path:
-    """`path`, or an InputError that names the stage which makes it."""
+    """`path`, or an InputError that names the stage which makes it, or what a link has lost."""
+    if path.parent.is_symlink() and not path.parent.exists():
+        raise InputError(
+            f"{path.parent} links to {path.parent.readlink()}, which is gone: bring it back"
+        )
     if not path.is_file():
         raise InputError(f"{path} is missing: run the stage that makes it (snakemake {stage})")
     return path

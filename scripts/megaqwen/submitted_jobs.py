@@ -21,6 +21,7 @@ from typing import Any
 
 SECONDS = 60  # that Slurm may take for an answer
 POLL_SECONDS = 30.0
+FOREVER = 10**9  # seconds, for MinJobAge=0, by which Slurm forgets nothing
 LOOKS = 3  # first pauses between looks for which the plugin wants ended jobs to be remembered
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def remembered_seconds(executor: Any) -> int | None:
     """
     plugin: Any = sys.modules[type(executor).__module__]
     seconds: int | None = plugin.get_min_job_age()
+    if seconds == 0:
+        seconds = FOREVER
     if seconds is not None:
         plugin.get_min_job_age = lambda: seconds
     return seconds

@@ -47,32 +47,42 @@ def results(layout: Layout) -> Row:
             "seconds": train["seconds"],
         }
         exported = {"checkpoint": trained, "model": layout.run / "export" / "manifest.json"}
-        found["parity_export"] = verdict(layout, [layout.run / "parity" / "export"], exported)
+        found["parity_export"] = verdict(layout, layout.run / "parity" / "export", exported)
     converted = {
         "checkpoint": layout.megatron / "manifest.json",
         "model": layout.model / "manifest.json",
     }
-    # A gate that failed keeps the run from having a verdict of its own.
-    gates = [layout.run / "parity" / "convert", layout.gate]
-    found["parity_convert"] = verdict(layout, gates, converted)
+    own = layout.run / "parity" / "convert"
+    found["parity_convert"] = verdict(layout, own, converted) or failed_gate(layout, converted)
     return found
 
 
-def verdict(layout: Layout, places: Sequence[Path], of: Mapping[str, Path]) -> str | None:
+def verdict(layout: Layout, place: Path, of: Mapping[str, Path]) -> str | None:
     """Passed or failed, or None where parity has not said it of what is there now.
 
     Args:
         layout: Of the run.
-        places: Directories of verdicts, the first one before the others.
+        place: The verdict's directory.
         of: The manifests of the stages that made what is compared, as a verdict names them.
     """
-    now = {name: sha256_file(path) for name, path in of.items() if path.is_file()}
-    for path in (place / name for place in places for name in ("parity.json", "failed.json")):
-        found = made(path, layout.stage_digest("parity"))
-        if found and {name: each["sha256"] for name, each in found["inputs"].items()} == now:
+    for name in ("parity.json", "failed.json"):
+        found = made(place / name, layout.stage_digest("parity"))
+        if found and is_of(found, of):
             word: str = found["results"]["verdict"]
             return word
     return None
+
+
+def failed_gate(layout: Layout, of: Mapping[str, Path]) -> str | None:
+    """Failed, where the gate keeps the run from having a verdict of its own, whatever texts it took."""
+    path = layout.gate / "failed.json"
+    return "failed" if path.is_file() and is_of(read_json(path), of) else None
+
+
+def is_of(verdict: Mapping[str, Any], of: Mapping[str, Path]) -> bool:
+    """Whether a verdict is on what the stages whose manifests are `of` have made."""
+    now = {name: sha256_file(path) for name, path in of.items() if path.is_file()}
+    return {name: each["sha256"] for name, each in verdict["inputs"].items()} == now
 
 
 def made(manifest: Path, digest: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from commands import ROOT
-from megaqwen.checkpoints import TRACKER, wrong_checksums
+from megaqwen.checkpoints import TRACKER, iteration_name, wrong_checksums
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import KILLED, read_attempts
 from megaqwen.training.lease import this_process
@@ -140,10 +140,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_every_rank_save(start: Callable[..., Started], name: str) -> None:
     started = start()
-    saved = started.directory / "iter_0000007"
-    saved.mkdir()
-    for file in (".metadata", "metadata.json"):
-        (saved / file).touch()
+    finished(started.directory, 7)
     started.process.send_signal(signal.Signals[name])
     _, said = started.process.communicate(timeout=60)
     assert started.alive() == []
@@ -155,7 +152,17 @@ def test_a_signal_lets_every_rank_save(start: Callable[..., Started], name: str)
     assert (attempt.reached, attempt.reason, attempt.failed) == (7, name, False)
 
 
-def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
+def finished(directory: Path, iteration: int) -> None:
+    """What counts as a checkpoint whose save came to its end."""
+    saved = directory / iteration_name(iteration)
+    saved.mkdir(parents=True)
+    for file in (".metadata", "metadata.json"):
+        (saved / file).touch()
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., Started], tmp_path: Path) -> None:
+    other = tmp_path.with_name(f"{tmp_path.name}-other")
+    finished(other, 90)
     started = start(needs_seconds=600)
     started.process.send_signal(signal.SIGINT)
     eventually(lambda: len(started.all("asked")) == 2, 60, started.process)
@@ -165,6 +172,7 @@ def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
     assert started.all("saved") == []
     assert started.process.returncode == 130
     assert "no checkpoint was saved yet: the same command starts again" in said
+    assert f"with other options or files one came to iteration 90: {other}" in said
 
 
 def test_the_ranks_of_a_killed_launcher_end(start: Callable[..., Started]) -> None:

@@ -64,8 +64,9 @@ def test_the_next_save_takes_the_same_memory() -> None:
 
 def test_more_than_the_host_has_is_not_kept() -> None:
     staging = async_saving.Staging()
-    assert not staging.grow(1 << 60)
-    assert staging.grow(1 << 12)
+    (original,) = (torch.ones(1 << 10),)
+    assert staging.tensors([original.expand(1 << 45, -1)]) is None
+    assert staging.tensors([original])
     assert staging.memory.nbytes == 1 << 12
 
 
@@ -85,10 +86,9 @@ def test_the_ranks_of_a_node_share_its_memory(
     size = 1 << 12
     memory = Namespace(available=int(async_saving.SPARE * size * 8) - 1)
     monkeypatch.setattr(async_saving.psutil, "virtual_memory", lambda: memory)
-    staging = async_saving.Staging()
-    assert not staging.grow(size)
+    assert not async_saving.is_kept(size)
     memory.available += 1
-    assert staging.grow(size)
+    assert async_saving.is_kept(size)
 
 
 def test_a_save_does_not_wait_for_checksums_of_the_one_before(
@@ -146,4 +146,8 @@ def test_memory_is_reserved_where_there_is_something_to_save(
     async_saving.reserve_for(model, optimizer, Namespace(async_save=False))
     assert not found
     async_saving.reserve_for(model, optimizer, arguments)
-    assert found == [(2 + 4 + 8) * 8 // 2]  # weights, their copies and moments, on two ranks
+    # Weights, their copies and moments, on two ranks.
+    assert found == [int(async_saving.MORE * ((2 + 4 + 8) * 8 // 2))]
+    monkeypatch.setattr(async_saving, "is_kept", lambda size: False)
+    async_saving.reserve_for(model, optimizer, arguments)
+    assert len(found) == 1

@@ -17,6 +17,7 @@ import pytest
 from commands import ROOT, options, run_script, write_config
 from megaqwen.data.tokenization import TOKENIZER_FILES
 from megaqwen.errors import InputError
+from megaqwen.provenance import existing
 from megaqwen.sources import progress
 from megaqwen.sources.local import files_that_are_read
 from megaqwen.sources.verify import verify_model_directory
@@ -274,3 +275,10 @@ def test_progress_says_how_much_there_is(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / "part").write_bytes(b"x" * 1_000_000)
         message = lines.get(timeout=10).getMessage()
     assert message.startswith("1.0 MB of 4.0 MB, ")
+
+
+def test_who_needs_a_model_that_is_gone_names_its_directory(tmp_path: Path) -> None:
+    link = tmp_path / "hf"
+    link.symlink_to(tmp_path / "qwen")
+    with pytest.raises(InputError, match=r"hf links to .*/qwen, which is gone: bring it back"):
+        existing(link / "config.json", "download")

@@ -4,8 +4,10 @@ import base64
 import csv
 import json
 import math
+import sys
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from megaqwen.layout import Layout
 from megaqwen.provenance import read_json, sha256_file, write_json
 from megaqwen.report.sweep import cell
 from megaqwen.runs import Runs, read_runs
-from megaqwen.submitted_jobs import forgets_too_soon
+from megaqwen.submitted_jobs import forgets_too_soon, remembered_seconds
 from megaqwen.summary import ended_lines, failed_lines_of_all, store_configs
 from megaqwen.sweep_table import results, sweep_rows
 
@@ -209,6 +211,8 @@ def test_a_verdict_is_of_what_is_there_now(trained: Runs) -> None:
     assert results(first)["parity_convert"] is None
     converted = (first.megatron / "manifest.json", first.model / "manifest.json")
     write_verdict(first.gate, first, "failed", *converted)
+    failed = read_json(first.gate / "failed.json")
+    write_json(first.gate / "failed.json", {**failed, "config_digest": "of a run with other texts"})
     assert results(first)["parity_convert"] == results(second)["parity_convert"] == "failed"
     write_verdict(second.run / "parity" / "convert", second, "passed", *converted)
     assert results(second)["parity_convert"] == "passed"
@@ -287,3 +291,18 @@ def test_squeue_is_asked_where_slurm_remembers_ended_jobs_for_a_while() -> None:
     )
     assert (forgets_too_soon(2, 1) or "").endswith("MinJobAge has to be more")
     assert "does not tell" in (forgets_too_soon(None, 10) or "")
+
+
+@pytest.mark.parametrize("told", [None, 0, 300])
+def test_where_slurm_forgets_no_job_squeue_is_asked(
+    monkeypatch: pytest.MonkeyPatch, told: int | None
+) -> None:
+    """MinJobAge=0 says so. The executor, too, then knows it of what was told once."""
+    plugin: Any = ModuleType("plugin")
+    plugin.get_min_job_age = lambda: told
+    monkeypatch.setitem(sys.modules, "plugin", plugin)
+    executor = type("Executor", (), {"__module__": "plugin"})()
+    found = remembered_seconds(executor)
+    assert (forgets_too_soon(found, 40) is None) == (told is not None)
+    plugin_asks = plugin.get_min_job_age()
+    assert plugin_asks == found and (found is None) == (told is None)

@@ -49,7 +49,7 @@ def words(workspace: Workspace, stage: str, **changed: object) -> list[str]:
 
 NO_STAGE: dict[tuple[str, str], str] = {
     ("convert", "model"): "there is no such model directory",
-    ("preprocess", "model"): "run `snakemake download` first",
+    ("preprocess", "model"): "run the stage that makes it (snakemake download)",
     ("train", "model"): "run the stage that makes it (snakemake download)",
     ("train", "checkpoint"): "run the stage that makes it (snakemake convert)",
     ("train", "data"): "run the stage that makes it (snakemake preprocess)",

@@ -51,8 +51,26 @@ def install() -> None:
 
 def reserve_for(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> None:
     """`reserve` what saves take; a training that is only evaluated has no optimizer and no save."""
-    if arguments.async_save and optimizer is not None:
-        reserve(saved_bytes(model, optimizer, arguments))
+    if not arguments.async_save or optimizer is None:
+        return
+    size = int(MORE * saved_bytes(model, optimizer, arguments))
+    fits = is_kept(size)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none takes its own before all of the node have looked
+    if fits:
+        reserve(size)
+
+
+def is_kept(size: int) -> bool:
+    """Whether the host has memory for each rank of this node to keep so many bytes; it says if not."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if psutil.virtual_memory().available >= SPARE * size * ranks:
+        return True
+    logger.warning(
+        "the host has too little memory to keep %.1f GiB a rank for saving: saves take longer",
+        size / 2**30,
+    )
+    return False
 
 
 def saved_bytes(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> int:
@@ -77,7 +95,11 @@ RESERVING: list[threading.Thread] = []
 
 
 def reserve(size: int) -> None:
-    """Have the worker take memory while training begins: at the first save it would be waited for."""
+    """Have the worker take memory while training begins: at the first save it would be waited for.
+
+    Args:
+        size: Bytes that `is_kept` allows.
+    """
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,
         PersistentAsyncCaller,
@@ -89,7 +111,7 @@ def reserve(size: int) -> None:
     )
     if requests is None or ended is None:
         return
-    requests.put(AsyncRequest(async_fn=grow, async_fn_args=(int(MORE * size),), finalize_fns=[]))
+    requests.put(AsyncRequest(async_fn=grow, async_fn_args=(size,), finalize_fns=[]))
     # The worker tells that it is through: taken off here, or the first save would take it for its own.
     words = {"timeout": RESERVING_SECONDS}
     RESERVING.append(threading.Thread(target=ended.get, kwargs=words, daemon=True))
@@ -114,8 +136,12 @@ class Staging:
         torch.save writes the whole storage of a tensor. None where the host has too little memory.
         """
         begins = [0, *accumulate(aligned(original.nbytes) for original in originals)]
-        if not self.grow(begins.pop()):
-            return None
+        size = begins.pop()
+        if size > self.memory.nbytes:
+            self.give_back()
+            if not is_kept(size):
+                return None
+            self.grow(size)
         places = []
         for original, begin in zip(originals, begins, strict=True):
             if not original.nbytes:
@@ -125,23 +151,17 @@ class Staging:
             places.append(torch.frombuffer(buffer, dtype=original.dtype).view(original.shape))
         return places
 
-    def grow(self, size: int) -> bool:
-        """Have at least `size` bytes; False where the host's memory does not allow it."""
-        if size <= self.memory.nbytes:
-            return True
-        self.lock(False)
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if psutil.virtual_memory().available < SPARE * size * ranks:
-            logger.warning(
-                "the host has too little memory to keep %.1f GiB a rank for saving: saves take longer",
-                size / 2**30,
-            )
-            return False
+    def grow(self, size: int) -> None:
+        """Have `size` bytes, which `is_kept` allows."""
+        self.give_back()
         self.memory = torch.empty(size, dtype=torch.uint8)
         touch(self.memory)
         self.lock(True)
-        return True
+
+    def give_back(self) -> None:
+        """Have none."""
+        self.lock(False)
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
     def lock(self, locked: bool) -> None:
         """Have the driver lock the pages, or release them."""
