@@ -105,7 +105,7 @@ def test_the_exported_model_has_the_loss_that_training_logged(chats: Workspace) 
     losses = results["evaluations"]["test"]["losses"]
     assert list(losses) == ["4", "5", "6", "7"]  # of the last rank
     assert len({targets for _, targets in losses.values()}) > 1
-    cases = ("all:1234:8", "two:1234:2.5", "none:1234:0.05", "another seed:7:8")
+    cases = ("all:1234:8:64", "two:1234:2.5:64", "none:1234:0.05:64", "another seed:7:8:64")
     found = chats.held_out_loss(trained, exported, options, *cases)
     every, two, none, other = (found[case.split(":")[0]] for case in cases)
     assert every["measured"]["logged"] == results["test_loss"]
