@@ -13,13 +13,10 @@ if TYPE_CHECKING:
     from workspace import Workspace
 
 
-ORDER = ("slurm", "workflow", "distributed", "gpu", "unit")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes first: what begins last keeps the other workers waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, ORDER.index(item.path.parent.name)))
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name == "unit"))
 
 
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, architecture: str) -> Path:

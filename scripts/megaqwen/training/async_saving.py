@@ -152,8 +152,7 @@ class Staging:
         return places
 
     def grow(self, size: int) -> None:
-        """Have `size` bytes, which `is_kept` allows."""
-        self.give_back()
+        """Have `size` bytes, which `is_kept` allows, where there are none."""
         self.memory = torch.empty(size, dtype=torch.uint8)
         touch(self.memory)
         self.lock(True)
