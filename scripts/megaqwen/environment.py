@@ -49,7 +49,10 @@ def prepare_gpu() -> None:
     What is set already stays. Expandable segments keep memory from being cut into pieces that are too
     small (NCCL then has to leave CUDA graphs' buffers alone). Experts in groups are one matrix product of
     CUTLASS on Hopper GPUs instead of one of cuBLAS each: twice the tokens of 128 experts a second.
+    cuDNN's norms are faster than Transformer Engine's.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
+    os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
+    os.environ.setdefault("NVTE_NORM_BWD_USE_CUDNN", "1")

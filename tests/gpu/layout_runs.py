@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Launched:
         self.models = models
         self.total = total
         self.directory = models.directory / "runs" / experiment.name
+        shutil.rmtree(self.directory, ignore_errors=True)  # of an earlier call
         self.directory.mkdir(parents=True)
         self.config = self.directory.with_suffix(".yaml")
         self.turn = self.directory / "turn"

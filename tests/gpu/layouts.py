@@ -16,8 +16,9 @@ The table gets a row as each one ends, and DIR/results.json is written again. Ho
 - memory: the most that a rank's allocator gave out, as Megatron logs it
 - efficiency: TFLOP/s of a GPU over those of the shape on one GPU in bf16 with 4096 tokens a sample
 - communication: see communication.py; the profiled iteration is the ninth
-- loss, norm: the largest difference to the first experiment of the same shape and length, over ten
-  iterations: nats per token, and the gradient's norm relative to it. BOUNDS says how large it may be.
+- loss, norm: the largest difference to the first experiment of the same shape, length and precision,
+  over ten iterations: nats per token, and the gradient's norm relative to it. BOUNDS says how large it
+  may be.
 
 Then checkpoints of tiny models are taken from layout to layout: see layout_checkpoints.py.
 """
@@ -149,7 +150,8 @@ class Measurement:
     def best_in_fp8(self) -> Iterator[Experiment]:
         """The fastest layout of each shape so far, in FP8."""
         by_name = {each.name: each for each in plan(self.gpus)}
-        wanted = self.on_gpu and (not self.names or "fp8" in self.names)
+        several = self.on_gpu and self.gpus > 1  # of one GPU the plan has it
+        wanted = several and (not self.names or "fp8" in self.names)
         for shape in (DENSE, EXPERTS) if wanted else ():
             done = [
                 each
@@ -157,7 +159,7 @@ class Measurement:
                 if each["shape"] == shape
                 and each["sequence"] == SEQUENCE
                 and each["precision"] == "bf16"
-                and (each["ranks"] == self.gpus or self.gpus == 1)
+                and each["ranks"] == self.gpus
                 and "error" not in each
             ]
             if done:
@@ -198,8 +200,9 @@ class Measurement:
         if alone:
             efficiency = record["tflops_per_gpu"] / alone[0]["tflops_per_gpu"]
             record["scaling_efficiency"] = round(efficiency, 3)
+        alike = ("shape", "sequence", "precision")
         for each in done:
-            if (each["shape"], each["sequence"]) == (record["shape"], record["sequence"]):
+            if all(each[fact] == record[fact] for fact in alike):
                 record["compared_with"] = each["name"]
                 record["loss_difference"] = furthest(each["losses"], record["losses"])
                 norms = (each["gradient_norms"], record["gradient_norms"])

@@ -19,7 +19,7 @@ from megaqwen.provenance import read_json
 
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 CONTEXT, EXPERT = "context_parallel_size", "expert_model_parallel_size"
-SCHEDULE = {"train_iters": 10, "save_interval": 10}
+SCHEDULE = {"train_iters": 20, "save_interval": 10}
 
 
 @pytest.mark.parametrize("small", [False, True])

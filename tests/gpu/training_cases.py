@@ -246,12 +246,19 @@ CASES: dict[str, Case] = {
     "1.5b-save-async": Case(  # the first is on the disk before the second begins
         **SMALL_ONE, accumulate=3, iterations=40, saves=True, options={**ASYNC, "save_interval": 20}
     ),
+    "1.5b-save-async-constant": Case(
+        **SMALL_ONE,
+        accumulate=3,
+        iterations=40,
+        saves=True,
+        options={**ASYNC, "save_interval": 20, "ckpt_assume_constant_structure": True},
+    ),
     "1.5b-long": Case(**SMALL_ONE, accumulate=32, iterations=5),
-    "1.5b-cudnn-norms": Case(
+    "1.5b-te-norms": Case(  # Transformer Engine's own kernels
         **SMALL_ONE,
         accumulate=32,
         iterations=5,
-        environment={"NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1"},
+        environment={"NVTE_NORM_FWD_USE_CUDNN": "0", "NVTE_NORM_BWD_USE_CUDNN": "0"},
     ),
     "1.5b-graphs": Case(**SMALL_ONE, accumulate=16, iterations=5, options=GRAPHS),
     "1.5b-graphs-fused": Case(
@@ -261,6 +268,7 @@ CASES: dict[str, Case] = {
         options={**GRAPHS, "use_transformer_engine_op_fuser": True},
     ),
     "8b": qwen_8b({}),
+    "8b-long": replace(qwen_8b({}), accumulate=64),
     "8b-fp8": qwen_8b(TENSORWISE),
     "8b-fp8-delayed": qwen_8b(DELAYED),
     "8b-graphs": qwen_8b(GRAPHS, iterations=5),

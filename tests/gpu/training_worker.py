@@ -1,11 +1,13 @@
 """One case of benchmark_training.py, in a process of its own."""
 
+import cProfile
 import ctypes
 import faulthandler
 import fcntl
 import json
 import logging
 import os
+import pstats
 import re
 import signal
 import statistics
@@ -248,9 +250,11 @@ def watch(
 
     def timed_save(*words: Any, **named: Any) -> Any:
         if case.saves:
+            profiler = cProfile.Profile()
             began = time.time()
-            save(*words, **named)
+            profiler.runcall(save, *words, **named)
             record.setdefault("saves", []).append(round(time.time() - began, 2))
+            pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)  # to the log
         else:  # the stage asks at its end whether its last iteration was saved
             (checkpoints / TRACKER).write_text(str(words[0]))
 
