@@ -246,13 +246,6 @@ CASES: dict[str, Case] = {
     "1.5b-save-async": Case(  # the first is on the disk before the second begins
         **SMALL_ONE, accumulate=3, iterations=40, saves=True, options={**ASYNC, "save_interval": 20}
     ),
-    "1.5b-save-async-constant": Case(
-        **SMALL_ONE,
-        accumulate=3,
-        iterations=40,
-        saves=True,
-        options={**ASYNC, "save_interval": 20, "ckpt_assume_constant_structure": True},
-    ),
     "1.5b-long": Case(**SMALL_ONE, accumulate=32, iterations=5),
     "1.5b-te-norms": Case(  # Transformer Engine's own kernels
         **SMALL_ONE,
