@@ -17,6 +17,8 @@ CASES = [
 ]
 Rows = dict[tuple[str, str], dict[str, Any]]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
