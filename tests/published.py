@@ -100,3 +100,9 @@ PUBLISHED = [
               235_093_634_560, "litgpt", (128, 8, 1536)),
 ]
 # fmt: on
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """config.json of a public size, as far as it is here."""
+    (found,) = (each for each in PUBLISHED if each.name == name)
+    return found.config

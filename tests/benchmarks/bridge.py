@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from megaqwen.environment import use_huge_pages  # noqa: E402
 
@@ -35,51 +35,17 @@ from megaqwen.provenance import write_json  # noqa: E402
 from megaqwen.sources.recorded import recorded_checks  # noqa: E402
 from megaqwen.weights import convert_to_megatron, export_to_huggingface  # noqa: E402
 from megaqwen.weights.safetensors_files import plan_files, write_file, write_index  # noqa: E402
+from published import published_config  # noqa: E402
 
 SHARD_BYTES = 4 * 10**9
-COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"}
-QWEN2 = {**COMMON, "model_type": "qwen2", "rope_theta": 1e6}
-
-
-def dense(
-    hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int
-) -> dict[str, Any]:
-    """A Qwen2.5's config.json."""
-    return {
-        **QWEN2,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocab,
-        "tie_word_embeddings": hidden < 3584,
-    }
-
-
 SHAPES: dict[str, dict[str, Any]] = {
-    "0.5B": dense(896, 4864, 24, 14, 2, 151936),
-    "1.5B": dense(1536, 8960, 28, 12, 2, 151936),
-    "7B": dense(3584, 18944, 28, 28, 4, 152064),
+    **{size: published_config(f"Qwen2.5-{size}") for size in ("0.5B", "1.5B", "7B")},
     # The layers and experts of Qwen3-30B-A3B, a quarter as wide.
     "moe": {
-        **COMMON,
-        "model_type": "qwen3_moe",
-        "rope_theta": 1e6,
+        **published_config("Qwen3-30B-A3B"),
         "hidden_size": 512,
         "intermediate_size": 1536,
         "moe_intermediate_size": 192,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "tie_word_embeddings": False,
     },
 }
 

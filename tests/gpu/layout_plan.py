@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from published import PUBLISHED
+from shapes import shape_config
 
 DENSE, EXPERTS = "Qwen3-8B", "Qwen3-30B-A3B"
 LAYERS = {
@@ -88,8 +88,7 @@ class Experiment:
 
 def hf_config(shape: str) -> dict[str, Any]:
     """config.json of the published model with fewer layers."""
-    (published,) = (each for each in PUBLISHED if each.name == shape)
-    return {**published.config, "num_hidden_layers": LAYERS[shape]}
+    return shape_config(shape, LAYERS[shape])
 
 
 def tensor(size: int) -> dict[str, Any]:
@@ -153,24 +152,13 @@ def several(gpus: int) -> Iterator[Experiment]:
     yield experts(f"ep{gpus}-mbs4", 4, sizes=expert(gpus))
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 2560,  # no smaller than the tokenizer's
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 8,
-}
+SMALL_VOCABULARY = 2560  # no smaller than the tokenizer's
 SMALLER = SEQUENCE // 64  # times shorter samples
 
 
 def small_config(shape: str) -> dict[str, Any]:
     """`hf_config` of a size that a CPU can train."""
-    whole = hf_config(shape)
-    return {**whole, **{key: value for key, value in SMALL.items() if key in whole}}
+    return {**shape_config(shape, LAYERS[shape], small=True), "vocab_size": SMALL_VOCABULARY}
 
 
 def small_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,77 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from shapes import shape_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 151936,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "hidden_act": "silu",
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-1.5b": {
-        **COMMON,
-        "model_type": "qwen2",
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-7b": {
-        **COMMON,
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-8b": {
-        **COMMON,
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-14b": {
-        **COMMON,
-        "model_type": "qwen3",
-        "hidden_size": 5120,
-        "intermediate_size": 17408,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-30b-a3b": {
-        **COMMON,
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-}
 TRAIN: dict[str, Any] = {
     "seq_length": 4096,
     "lr": 1e-5,
@@ -110,35 +43,19 @@ class Case:
     """Measure the kernels of the third iteration."""
     library: str = "megatron"
     """Or transformers: with torch.compile, as the yardstick."""
+    narrow: bool = False
+    """Of a size for a CPU."""
 
     def hf_config(self) -> dict[str, Any]:
         """The model's config.json."""
-        shape = SHAPES[self.shape]
-        return {**shape, "num_hidden_layers": self.layers or shape["num_hidden_layers"]}
+        return shape_config(self.shape, self.layers, small=self.narrow)
 
 
 def small(case: Case) -> Case:
     """The case with a shape that a CPU can train, and no option that it can not."""
-    name = f"small-{case.shape}"
-    SHAPES.setdefault(
-        name,
-        {
-            **SHAPES[case.shape],
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            **(
-                {"moe_intermediate_size": 32, "num_experts": 8}
-                if "num_experts" in SHAPES[case.shape]
-                else {}
-            ),
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-        },
-    )
     return replace(
         case,
-        shape=name,
+        narrow=True,
         layers=2,
         micro=1,
         accumulate=2,
@@ -189,7 +106,7 @@ OFFLOAD = {
 def qwen_8b(options: dict[str, Any], iterations: int = 4) -> Case:
     """As many of its 36 layers as fit."""
     return Case(
-        shape="qwen3-8b",
+        shape="Qwen3-8B",
         layers=14,
         micro=2,
         accumulate=32,
@@ -201,7 +118,7 @@ def qwen_8b(options: dict[str, Any], iterations: int = 4) -> Case:
 def qwen_30b(options: dict[str, Any], iterations: int = 6) -> Case:
     """Few of its 48 layers, all of their experts."""
     return Case(
-        shape="qwen3-30b-a3b",
+        shape="Qwen3-30B-A3B",
         layers=6,
         micro=4,
         accumulate=16,
@@ -226,11 +143,11 @@ NOT_ON_ONE_GPU = {
     *("tensor_model_parallel_size", "sequence_parallel", "expert_model_parallel_size"),
     *("global_batch_size", "train_iters", "save_interval", "eval_interval", "lr_warmup_iters"),
 }
-SMALL_ONE = {"shape": "qwen2.5-1.5b", "micro": 4}
+SMALL_ONE = {"shape": "Qwen2.5-1.5B", "micro": 4}
 CASES: dict[str, Case] = {
     "1.5b": Case(**SMALL_ONE, accumulate=16, iterations=6, profiled=True),
     "1.5b-plain": Case(  # as it was without the kernels of ours and Transformer Engine's sequences
-        shape="qwen2.5-1.5b",
+        shape="Qwen2.5-1.5B",
         micro=2,
         accumulate=32,
         options={
@@ -240,7 +157,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "1.5b-transformers": Case(
-        shape="qwen2.5-1.5b", micro=2, accumulate=32, iterations=4, library="transformers"
+        shape="Qwen2.5-1.5B", micro=2, accumulate=32, iterations=4, library="transformers"
     ),
     "1.5b-save": Case(**SMALL_ONE, accumulate=2, iterations=6, saves=True, options=TWICE),
     "1.5b-save-async": Case(  # the first is on the disk before the second begins
@@ -269,24 +186,24 @@ CASES: dict[str, Case] = {
     "30b-a3b": qwen_30b({}),
     "30b-a3b-gc": qwen_30b({"manual_gc": True}),  # Python collects no garbage by itself
     "30b-a3b-graphs": qwen_30b({**GRAPHS, **BEFORE_EXPERTS}, iterations=7),
-    "8b-shipped": shipped("qwen3-8b", "qwen3-8b", layers=8),
-    "30b-a3b-shipped": shipped("qwen3-30b-a3b", "qwen3-30b-a3b", layers=4),
+    "8b-shipped": shipped("qwen3-8b", "Qwen3-8B", layers=8),
+    "30b-a3b-shipped": shipped("qwen3-30b-a3b", "Qwen3-30B-A3B", layers=4),
     "7b-whole": Case(  # the largest that trains on 80 GB without offloading
-        shape="qwen2.5-7b",
+        shape="Qwen2.5-7B",
         micro=1,
         accumulate=16,
         iterations=4,
         options={**LEAN, **FULL, "main_grads_dtype": "bf16"},
     ),
     "8b-whole": Case(  # takes 130 GB of the host's memory
-        shape="qwen3-8b",
+        shape="Qwen3-8B",
         micro=2,
         accumulate=16,
         iterations=3,
         options={**OFFLOAD, **FULL, "optimizer_offload_fraction": 0.75},
     ),
     "14b-whole": Case(  # takes 300 GB of the host's memory
-        shape="qwen3-14b",
+        shape="Qwen3-14B",
         micro=2,
         accumulate=16,
         iterations=3,
