@@ -118,11 +118,11 @@ def rank_command(wildcards, resources):
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
     layout = layout_of(wildcards)
-    hf_config = known_hf_config(layout)
     # Resources are not resolved yet when Snakemake asks for the first time.
-    if hf_config and isinstance(resources.get("nodes"), int):
+    if isinstance(resources.get("nodes"), int):
         world_size = resources.nodes * resources.ranks_per_node
-        mistakes = check_model_fits(layout.config, hf_config, world_size)
+        known = known_hf_config(layout)  # of a Hub model not before it is there
+        mistakes = check_model_fits(layout.config, known or None, world_size)
         if resources.get("launcher") == "torchrun" and not has_gpu():
             mistakes += map(str, cpu_mistakes(layout.config.train))
         if mistakes:

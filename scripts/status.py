@@ -5,7 +5,7 @@
 
 A line for each run: its stage and whether that runs, waits, failed or was told to stop, training's
 Slurm job, nodes, iteration, loss and time left, and how long ago the stage last wrote something. The
-exit status is 2 where a run's config cannot be read.
+exit status is 2 where there is no run, or a run's config cannot be read.
 """
 
 import argparse
@@ -26,6 +26,9 @@ def main() -> int:
     arguments = parser.parse_args()
     directory = arguments.results / "runs"
     names = arguments.runs or sorted(path.parent.name for path in directory.glob("*/config.yaml"))
+    if not names:
+        sys.stderr.write(f"error: no run below {directory}: --results names a config's results\n")
+        return 2
     rows, errors = [], []
     for name in names:
         try:

@@ -52,26 +52,30 @@ def run_status(directory: Path) -> RunStatus:
     if not file.is_file():
         raise InputError(f"{file} is missing: no run of that name was started")
     config = load_config(file)
-    layout = Layout(config=config)
-    top = directory.parents[1]
+    # Where they lie now: they may have been moved, or have been started from another directory.
+    moved = config.model_copy(update={"results": str(directory.parents[1])})
+    layout = Layout(config=moved)
     ends = {
-        "download": top / layout.model.relative_to(layout.results) / "manifest.json",
-        "convert": top / layout.megatron.relative_to(layout.results) / "manifest.json",
-        "preprocess": top / layout.data.relative_to(layout.results) / "manifest.json",
-        "parity_gate": top / layout.gate.relative_to(layout.results) / "parity.json",
+        "download": layout.model / "manifest.json",
+        "convert": layout.megatron / "manifest.json",
+        "preprocess": layout.data / "manifest.json",
+        "parity_gate": layout.gate / "parity.json",
+        "parity_convert": directory / "parity" / "convert" / "parity.json",
         "train": directory / "train" / "manifest.json",
         "export": directory / "export" / "manifest.json",
         "parity_export": directory / "parity" / "export" / "parity.json",
         "report": directory / "report" / "report.html",
     }
-    stage = next((name for name, end in ends.items() if not end.is_file()), None)
-    trained = training(
-        directory, layout.checkpoints.name, int(str(config.train.get("train_iters", 0)))
-    )
+    missing = [name for name, end in ends.items() if not end.is_file()]
+    # parity_convert waits for nobody and nobody for it: of two, the other is what the run is at.
+    stage = next((name for name in missing if name != "parity_convert"), None)
+    if stage in (None, "report") and "parity_convert" in missing:
+        stage = "parity_convert"
+    trained = training(layout, int(str(config.train.get("train_iters", 0))))
     if stage is None:
         trained.pop("left", None)
         return RunStatus(run=directory.name, stage="done", **trained)
-    logs = sorted(stage_logs(top, layout, stage), key=lambda log: log.stat().st_mtime)
+    logs = sorted(stage_logs(layout, stage), key=lambda log: log.stat().st_mtime)
     state = "waiting"
     if logs:
         state = state_by(logs)
@@ -90,35 +94,37 @@ def state_by(logs: Sequence[Path]) -> str:
     return "failed" if errors else "running"
 
 
-def stage_logs(results: Path, layout: Layout, stage: str) -> list[Path]:
-    """The logs of a stage; of one that the runs of a sweep share, those of the sweep as well.
+def stage_logs(layout: Layout, stage: str) -> list[Path]:
+    """The logs of a stage, of preprocess also its shards'; of what the runs of a sweep share the sweep's.
 
     Without those of ranks that it had before, under another layout.
     """
-    logs = [*(results / "runs" / layout.config.run / "logs").glob(f"{stage}.log*")]
-    if stage in KEYS:
-        key = getattr(layout, KEYS[stage]).name
-        logs += (results / "sweeps").glob(f"*/logs/{stage}.{key}.log*")
-    ranks = ranks_of(results, layout, stage)
+    logs: list[Path] = []
+    for rule in ("preprocess_shard", stage) if stage == "preprocess" else (stage,):
+        logs += (layout.run / "logs").glob(f"{rule}.*log*")
+        if rule in KEYS:
+            key = getattr(layout, KEYS[rule]).name
+            logs += (layout.results / "sweeps").glob(f"*/logs/{rule}.{key}.*log*")
+    ranks = ranks_of(layout, stage)
     return [log for log in logs if rank_of(log) < ranks]
 
 
-def ranks_of(results: Path, layout: Layout, stage: str) -> float:
+def ranks_of(layout: Layout, stage: str) -> float:
     """How many ranks a stage has, in training's newest start; infinity where that is not known."""
     if stage != "train":
         return ranks_of_layout(layout.config.train)
-    starts = read_attempts(results / layout.checkpoints.relative_to(layout.results))
+    starts = read_attempts(layout.checkpoints)
     return starts[-1].ranks if starts else math.inf
 
 
-def training(directory: Path, digest: str, iterations: int) -> dict[str, str]:
+def training(layout: Layout, iterations: int) -> dict[str, str]:
     """The columns that training's own files give."""
     columns: dict[str, str] = {}
-    train = directory / "train"
+    train = layout.run / "train"
     if (train / JOB).is_file():
         job: dict[str, Any] = read_json(train / JOB)
         columns |= {"job": job.get("job_id") or "", "nodes": job.get("node_list") or ""}
-    metrics = train / "checkpoints" / digest / "metrics.jsonl"
+    metrics = layout.checkpoints / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
     steps = [record for record in records if "loss" in record]
     if steps:

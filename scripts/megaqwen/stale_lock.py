@@ -21,12 +21,17 @@ def record_running(state: Path) -> None:
 
 
 def remove_stale_lock(state: Path) -> str | None:
-    """Take off the lock of a run of this machine that was killed; what to tell a person then."""
+    """Take off the lock of a run of this host that was killed; what to tell a person of a lock."""
     locks, owner = state / LOCKS, read_owner(state / RUNNING)
-    if owner is None or not owner.is_here() or owner.is_running() or not locks.is_dir():
+    if owner is None or not locks.is_dir() or (owner.is_here() and owner.is_running()):
         return None
-    taken = (path.stat().st_mtime for path in locks.iterdir())
-    if not any(locks.iterdir()) or max(taken) > (state / RUNNING).stat().st_mtime:
+    taken = [path.stat().st_mtime for path in locks.iterdir()]
+    if not taken or max(taken) > (state / RUNNING).stat().st_mtime:
         return None  # somebody took one since, who has not said yet who it is
+    if not owner.is_gone():
+        return (
+            f"this directory is locked for {owner}: only there can one see whether that still runs."
+            " If it has ended, add --unlock to the command, once"
+        )
     shutil.rmtree(locks, ignore_errors=True)
     return f"the run of {owner} was killed: its lock on this directory is taken off"

@@ -70,11 +70,48 @@ def test_a_run_that_failed_and_one_that_is_done(results: Path) -> None:
     with open(log, "a") as stream:
         stream.write("2026-11-25 10:00:09,000 ERROR error: no memory\n")
     assert words(status(results, "trains")[1])[1] == "train failed"
-    for name in ("train/manifest.json", "export/manifest.json", "parity/export/parity.json"):
+    stages = ("train/manifest.json", "export/manifest.json")
+    parities = ("parity/convert/parity.json", "parity/export/parity.json")
+    for name in (*stages, *parities, "report/report.html"):
         write_json(results / "runs" / "trains" / name, {})
-    write_json(results / "runs" / "trains" / "report" / "report.html", {})
     row = words(status(results, "trains")[1])
     assert row == ["trains", "done", "77", "gpu[003-004]", "80/320", "5"]
+
+
+def test_a_shard_at_work_and_one_that_failed(results: Path) -> None:
+    run = results / "runs" / "trains"
+    (Layout(config=load_config(run / "config.yaml")).data / "manifest.json").unlink()
+    log = run / "logs" / "preprocess_shard.1-of-2.log"
+    log.write_text("2026-11-25 10:00:00,000 INFO docs: 3 documents\n")
+    assert run_status(run).stage == "preprocess running"
+    log.with_name("preprocess_shard.2-of-2.log").write_text(
+        "2026-11-25 10:00:09,000 ERROR error: docs.jsonl:3: no JSON\n"
+    )
+    assert run_status(run).stage == "preprocess failed"
+
+
+def test_the_gate_that_only_the_report_waits_for(results: Path) -> None:
+    run = results / "runs" / "trains"
+    (run / "logs" / "parity_convert.log").write_text(
+        "2026-11-25 10:00:09,000 ERROR error: logits differ\n"
+    )
+    assert run_status(run).stage == "train running"
+    for name in ("train/manifest.json", "export/manifest.json", "parity/export/parity.json"):
+        write_json(run / name, {})
+    assert run_status(run).stage == "parity_convert failed"
+
+
+def test_where_there_is_no_run_that_is_said(tmp_path: Path) -> None:
+    done = run_script("status.py", "--results", tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"error: no run below {tmp_path}/runs: --results names a config's results\n"
+    )
+
+
+def test_results_that_were_moved(results: Path, tmp_path: Path) -> None:
+    results.rename(tmp_path / "elsewhere")
+    assert run_status(tmp_path / "elsewhere" / "runs" / "trains").stage == "train running"
 
 
 def log_of(results: Path, rank: int) -> Path:

@@ -34,14 +34,29 @@ def test_of_a_killed_run(tmp_path: Path) -> None:
     assert remove_stale_lock(tmp_path) is None
 
 
-@pytest.mark.parametrize("whose", ["a living process", "another machine", "nobody known"])
+def test_of_a_run_before_a_reboot(tmp_path: Path) -> None:
+    _, processes = killed().machine.split()
+    lock = locked(tmp_path, replace(this_process(), machine=f"another-boot {processes}"))
+    assert "taken off" in (remove_stale_lock(tmp_path) or "")
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("whose", ["a living process", "nobody known"])
 def test_of_anybody_else(tmp_path: Path, whose: str) -> None:
-    owners = {
-        "a living process": this_process(),
-        "another machine": replace(killed(), machine="another boot"),
-    }
-    lock = locked(tmp_path, owners.get(whose))
+    lock = locked(tmp_path, {"a living process": this_process()}.get(whose))
     assert remove_stale_lock(tmp_path) is None
+    assert lock.exists()
+
+
+@pytest.mark.parametrize("where", ["another host", "another container of this host"])
+def test_of_somebody_who_cannot_be_seen(tmp_path: Path, where: str) -> None:
+    boot, _ = killed().machine.split()
+    elsewhere = {
+        "another host": replace(killed(), host="login2", machine="another-boot pid:[1]"),
+        "another container of this host": replace(killed(), machine=f"{boot} pid:[1]"),
+    }
+    lock = locked(tmp_path, elsewhere[where])
+    assert "add --unlock" in (remove_stale_lock(tmp_path) or "")
     assert lock.exists()
 
 

@@ -2,8 +2,10 @@
 
 import os
 import resource
+import shlex
 import statistics
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,22 @@ def test_every_shipped_experiment_plans(
     expected = STAGES["report"] | ({"preprocess_shard"} if shards > 1 else set())
     expected |= {"sweep"} if "sweep" in read_yaml(experiment) else set()
     assert checkout.plan(*words, profile=profile) == expected
+
+
+def documented() -> Iterator[str]:
+    """The commands of the READMEs that run something."""
+    for text in ("README.md", "config/README.md"):
+        for line in (ROOT / text).read_text(encoding="utf-8").splitlines():
+            if line.startswith("    snakemake ") and " --report " not in line:
+                yield line.strip()
+
+
+@pytest.mark.parametrize("command", sorted(set(documented())))
+def test_what_the_documentation_says_plans(checkout: Checkout, command: str) -> None:
+    program, *words = shlex.split(command, comments=True)
+    assert program == "snakemake"
+    done = checkout.snakemake(*words, "-n")
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_cluster_in_a_fresh_clone(tmp_path: Path) -> None:
@@ -131,6 +149,16 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_runs(checkout: Ch
     assert done.returncode == 1
     assert "255 or 258 would be" in done.stdout and "Traceback" not in done.stdout
     assert not (checkout.directory / "results").exists()
+
+
+def test_what_a_hub_model_is_not_needed_for_is_refused_before_it_is_downloaded(
+    checkout: Checkout,
+) -> None:
+    model = {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B"}
+    file = overlay(checkout, "batch.yaml", model=model, train={"global_batch_size": 48})
+    done = checkout.snakemake("--profile", "slurm", "all", "-n", "--configfile", file)
+    assert done.returncode == 1
+    assert "48" in done.stdout and "data parallel ranks" in done.stdout
 
 
 def test_training_has_the_ranks_of_its_experts(checkout: Checkout) -> None:

@@ -14,29 +14,29 @@ FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_int
 
 
 def check_model_fits(
-    config: Config, hf_config: Mapping[str, Any], world_size: int | None
+    config: Config, hf_config: Mapping[str, Any] | None, world_size: int | None
 ) -> list[str]:
     """What of a config does not fit the model or the number of ranks, one message a mistake.
 
     Args:
         config: A config whose own checks passed.
-        hf_config: The facts of the model's config.json.
+        hf_config: The facts of the model's config.json; None leaves out what depends on them.
         world_size: How many ranks there are; None leaves out what depends on it.
     """
     return [str(mistake) for mistake in model_mistakes(config, hf_config, world_size)]
 
 
 def model_mistakes(
-    config: Config, hf_config: Mapping[str, Any], world_size: int | None
+    config: Config, hf_config: Mapping[str, Any] | None, world_size: int | None
 ) -> list[Mistake]:
     """`check_model_fits` with the paths apart from the texts."""
     train = config.train
-    found = [
-        *sequence_mistakes(train, hf_config),
-        *width_mistakes(train, hf_config),
-        *layer_mistakes(train, hf_config),
-        *expert_mistakes(train, hf_config),
-    ]
+    found: list[tuple[str, str]] = []
+    if hf_config is not None:
+        found += sequence_mistakes(train, hf_config)
+        found += width_mistakes(train, hf_config)
+        found += layer_mistakes(train, hf_config)
+        found += expert_mistakes(train, hf_config)
     if world_size is not None:
         found += rank_mistakes(train, world_size)
     return [Mistake(("train", name), text) for name, text in found]

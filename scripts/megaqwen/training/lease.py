@@ -65,6 +65,13 @@ class Owner:
             return abs(process.create_time() - self.process_started) < 1 and is_alive(process)
         return False
 
+    def is_gone(self) -> bool:
+        """Whether it has certainly ended: another process cannot be looked for but after a reboot."""
+        if self.is_here():
+            return not self.is_running()
+        boot, now = self.machine.split()[0], this_machine().split()[0]
+        return self.host == socket.gethostname() != now and boot != now
+
 
 def this_machine() -> str:
     """This boot of this machine and its process namespace, on Linux; elsewhere its name."""
