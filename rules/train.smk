@@ -32,7 +32,6 @@ rule train:
         command=rank_command,
         digest=digest_of("train"),
         model=place("model", "hf"),
-        model_manifest=place("model", "manifest.json"),
         checkpoint=place("megatron", "checkpoint"),
         data=place("data"),
         directory=place("run", "train"),
@@ -47,6 +46,6 @@ rule train:
         " --container '{resources.container}' --mounts '{resources.mounts}'"
         " --container-runtime {resources.container_runtime} --log {log}"
         " --checkpoints {params.checkpoints} --try-number {resources.try_number}"
-        " --trained-from {params.model_manifest} --trained-from {input.data}"
+        " --trained-from {input.checkpoint} --trained-from {input.data}"
         " {params.command} --model {params.model}"
         " --checkpoint {params.checkpoint} --data {params.data} --output {params.directory}"

@@ -96,7 +96,7 @@ class Workspace:
             *("--launcher", "torchrun", "--ranks-per-node", ranks),
             *("--log", self.directory / f"{name}.log"),
             *("--checkpoints", checkpoints),
-            *("--trained-from", self.directory / "model" / "manifest.json"),
+            *("--trained-from", self.directory / "megatron" / "manifest.json"),
             *("--trained-from", self.data / "manifest.json", ROOT / "scripts" / "train.py"),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),

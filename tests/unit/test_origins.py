@@ -35,11 +35,11 @@ def test_what_was_there_before_records_were_kept_stays(directory: Path) -> None:
 
 @pytest.mark.parametrize("digests", [{"lines": "1"}, {}, {"lines": "0", "more": "0"}])
 def test_other_files_set_it_apart(directory: Path, digests: dict[str, str]) -> None:
-    model = manifest(directory, "download", weights="0")
+    model = manifest(directory, "convert", weights="0")
     set_apart(directory, [model, manifest(directory, "preprocess", lines="0")])
     data = manifest(directory, "preprocess", **digests)
     said = set_apart(directory, [model, data])
-    assert " of preprocess): training starts again" in said and "download" not in said
+    assert " of preprocess): training starts again" in said and "convert" not in said
     left = {"lease.json", ".lease.json.partial-1", RECORD, "before-1"}
     assert {path.name for path in directory.iterdir()} == left
     kept = {"iter_0000002", "metrics.jsonl", RECORD}

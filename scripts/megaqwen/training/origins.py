@@ -1,7 +1,9 @@
 """What a training was started from: where that changed, its checkpoints are those of another training.
 
 Their directory is named after the config, which is the same when a corpus's files or a model's change in
-place. It is the launcher that decides, before any rank starts: no torch is imported here.
+place. What was made of them says whether they did, by digests: a model that was only copied or touched is
+converted again to the same files. It is the launcher that decides, before any rank starts: no torch is
+imported here.
 """
 
 from collections.abc import Iterable, Mapping
