@@ -10,7 +10,7 @@ says. --dry-run prints the command. Exits as the ranks do.
 With --checkpoints DIRECTORY no second start writes there while this one does (lease.json), ranks find its
 newest whole checkpoint there (damaged ones are set aside), and attempts.jsonl tells what each start did.
 With --trained-from MANIFEST, once for each stage that made what is trained from, the training of other
-files is set apart.
+files is set apart. With --gpus-per-node, a rank of training that sees no GPU fails.
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the ranks: the running iteration is finished and saved first. So
 does the end of the Snakemake that started it. A second signal ends them at once. No rank outlives this
@@ -29,7 +29,7 @@ from megaqwen.checkpoints import beside, newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
 from megaqwen.errors import STOPPED, InputError, disk_is_full, is_disk_full
 from megaqwen.training import attempts
-from megaqwen.training.launch import CONTAINERS, Launch
+from megaqwen.training.launch import CONTAINERS, GPUS_PER_NODE, Launch
 from megaqwen.training.lease import Lease, leased
 from megaqwen.training.logs import LaunchLog
 from megaqwen.training.origins import set_apart
@@ -175,7 +175,11 @@ def run_ranks(
     lease: Lease | None = None,
 ) -> Ended:
     """Start the ranks and wait for the last of them."""
-    own = {"OMP_NUM_THREADS": str(arguments.cpus_per_rank), **arguments.environment}
+    own = {
+        "OMP_NUM_THREADS": str(arguments.cpus_per_rank),
+        GPUS_PER_NODE: str(arguments.gpus_per_node),
+        **arguments.environment,
+    }
     log.start()
     # The launchers' own words (a traceback of torchrun for each failure) go to the log.
     with open(arguments.log, "a", encoding="utf-8") as stream:

@@ -43,6 +43,9 @@ def train(arguments: argparse.Namespace) -> None:
     if rank_from_environment().speaks:
         record_job(run.output / JOB)
     prepare_gpu()
+    from megaqwen.training.gpus import check_gpus
+
+    check_gpus()
     from megaqwen.training.run import pretrain_run
 
     pretrain_run(run)

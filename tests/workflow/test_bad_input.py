@@ -110,6 +110,15 @@ def test_a_wrong_corpus_leaves_no_data_of_the_right_one(
     assert paths_below(tmp_path / "out") == []
 
 
+def test_gpus_that_were_asked_for_and_are_not_there(workspace: Workspace, tmp_path: Path) -> None:
+    given = words(workspace, "train", output=tmp_path / "out")
+    hidden = {"MEGAQWEN_GPUS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}
+    message = refused(run_script("train.py", *given, environment=hidden))
+    assert "8 GPUs a node were asked for (gpus_per_node), and torch sees none (" in message
+    assert "nvidia-smi" in message
+    assert paths_below(tmp_path) == []
+
+
 def test_no_share_for_validation(workspace: Workspace, tmp_path: Path) -> None:
     config = workspace.config("no-validation", {}, data={"split": [100, 0, 0]})
     given = words(workspace, "train", config=config, output=tmp_path / "out")

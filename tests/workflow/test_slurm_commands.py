@@ -160,3 +160,4 @@ def test_two_nodes_and_a_container(checkout: Checkout) -> None:
     )
     environment = json.loads((checkout.directory / "environment.json").read_text())
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
+    assert environment["MEGAQWEN_GPUS_PER_NODE"] == "8"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The place of the repository and its results inside the container is that outside.
 CONTAINERS = ("apptainer", "pyxis")
+# The variable that tells the ranks how many GPUs their node was asked for.
+GPUS_PER_NODE = "MEGAQWEN_GPUS_PER_NODE"
 # A shell that has `module`, as a login shell does.
 LOAD_MODULES = 'module load $0 && exec "$@"'
 

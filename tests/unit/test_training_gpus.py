@@ -1,0 +1,22 @@
+"""A rank whose GPU is not there says so, and does not train on CPUs instead."""
+
+import pytest
+import torch
+
+from megaqwen.errors import InputError
+from megaqwen.training.gpus import check_gpus
+
+
+@pytest.mark.parametrize("seen", [0, 7])
+def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven of eight are there, or none: as no machine is at will, torch's count is set."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "0")
+    check_gpus()
+    monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "8")
+    with pytest.raises(InputError, match=f"8 GPUs .*torch sees {seen or 'none'}.*at least 580"):
+        check_gpus()
+    if seen:
+        monkeypatch.setenv("LOCAL_RANK", "6")
+        check_gpus()
