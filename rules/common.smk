@@ -10,7 +10,12 @@ from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import FilesGone, corpus_files
-from megaqwen.environment import has_gpu, put_this_python_first
+from megaqwen.environment import (
+    INSTALL_TRANSFORMER_ENGINE,
+    has_gpu,
+    has_transformer_engine,
+    put_this_python_first,
+)
 from megaqwen.errors import InputError
 from megaqwen.provenance import check_writable
 from megaqwen.runs import read_runs
@@ -342,8 +347,23 @@ def check_arrays(not_by_squeue):
         raise WorkflowError("this profile cannot run a sweep in arrays:", *mistakes)
 
 
+def check_gpu_packages():
+    """A training for which GPUs would wait in a queue, to fail on them, is refused before anything runs."""
+    if not train_setting("gpus_per_node", 0) or has_transformer_engine():
+        return
+    # Either brings packages of its own.
+    if train_setting("container", "") or workflow.deployment_settings.deployment_method:
+        return
+    if any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
+        raise WorkflowError(
+            "training on GPUs takes Transformer Engine, which is not installed here:"
+            f" {INSTALL_TRANSFORMER_ENGINE}, or name a container in the profile"
+        )
+
+
 def start():
     """Before the first job: what is left of an earlier start is seen to, and the configs are stored."""
+    check_gpu_packages()
     if workflow.non_local_exec:
         watch_slurm_jobs()
     if RUNS.is_sweep:

@@ -3,8 +3,10 @@
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+INSTALL_TRANSFORMER_ENGINE = "uv sync --extra gpu, where the CUDA toolkit is (envs/README.md)"
 DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
@@ -18,6 +20,11 @@ def has_gpu() -> bool:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # The driver's own entry under /proc is not shown by every container; the device is.
     return visible != "" and any(map(Path.exists, map(Path, DRIVER)))
+
+
+def has_transformer_engine() -> bool:
+    """Whether this Python has what training on GPUs takes, without importing it."""
+    return find_spec("transformer_engine") is not None
 
 
 @dataclass(frozen=True, kw_only=True)

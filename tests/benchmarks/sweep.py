@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "workflow"), str(TESTS.parent / "scripts")]
 
 import fake_slurm  # noqa: E402  the tests'
-from checkout import Checkout, copy_repository, overlay, put_stubs  # noqa: E402
+from checkout import Checkout, copy_repository, overlay, put_stubs, put_transformer_engine  # noqa: E402
 
 RUN = "results/runs/{run}"
 REPORT = ("report.html", "parity.html", "versions.html", "loss.svg", "rates.svg", "config.yaml")
@@ -83,6 +83,7 @@ def main() -> None:
         dry = timed(checkout, "--profile", "slurm", "all", "-n", "--quiet", "rules")
         print(f"{arguments.runs} runs: dry run {dry:.1f} s", flush=True)
         slurm = fake_slurm.install(Path(name) / "slurm")
+        slurm |= put_transformer_engine(Path(name) / "packages")
         slurm[fake_slurm.OUTPUTS] = str(checkout.directory / "outputs.json")
         seconds = timed(checkout, "--profile", "slurm", "all", **slurm)
         print(f"all jobs submitted, noticed and ended in {seconds:.1f} s, by calls of")

@@ -1,9 +1,10 @@
-"""A rank whose GPU is not there says so, and does not train on CPUs instead."""
+"""A rank whose GPU is not there, or cannot train, says so, and does not train on CPUs instead."""
 
 import pytest
 import torch
 
 from megaqwen.errors import InputError
+from megaqwen.training import gpus
 from megaqwen.training.gpus import check_gpus
 
 
@@ -11,6 +12,7 @@ from megaqwen.training.gpus import check_gpus
 def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven of eight are there, or none: as no machine is at will, torch's count is set."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(gpus, "has_transformer_engine", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "0")
     check_gpus()
@@ -19,4 +21,13 @@ def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> No
         check_gpus()
     if seen:
         monkeypatch.setenv("LOCAL_RANK", "6")
+        check_gpus()
+
+
+def test_a_gpu_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_gpus()  # on CPUs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"uv sync --extra gpu, .* or .*CUDA_VISIBLE_DEVICES= "):
         check_gpus()

@@ -138,6 +138,13 @@ def put_stubs(checkout: Checkout) -> None:
     (checkout.directory / "failing.json").write_text("[]")
 
 
+def put_transformer_engine(directory: Path) -> dict[str, str]:
+    """An environment in which such a package is found, for trainings on GPUs that do not begin."""
+    (directory / "transformer_engine").mkdir(parents=True)
+    (directory / "transformer_engine" / "__init__.py").touch()
+    return {"PYTHONPATH": str(directory)}
+
+
 def overlay(checkout: Checkout, name: str, **sections: object) -> Path:
     """Write a file for --configfile."""
     path = checkout.directory / name

@@ -7,11 +7,19 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import yaml
-from checkout import Checkout, copy_repository, overlay, put_stubs
+from checkout import (
+    Checkout,
+    copy_repository,
+    overlay,
+    put_stubs,
+    put_transformer_engine,
+)
 
 from commands import ROOT
 
@@ -31,6 +39,7 @@ if name == "srun":
     sys.exit(1)
 """
 TOOLS = ("sbatch", "srun", "sacctmgr", "sinfo", "scontrol", "squeue", "sacct")
+PACKAGES = "packages"
 # 128 ranks of one replica each.
 TRAIN = {
     "tensor_model_parallel_size": 1,
@@ -53,6 +62,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     for name in TOOLS:
         (tools / name).write_text(RECORDER.format(records=checkout.directory / "records.jsonl"))
         (tools / name).chmod(0o755)
+    put_transformer_engine(checkout.directory / PACKAGES)
     return checkout
 
 
@@ -60,6 +70,13 @@ def recorded(checkout: Checkout, tool: str) -> list[list[str]]:
     """The words that each call of a tool got."""
     lines = (checkout.directory / "records.jsonl").read_text().splitlines()
     return [words for name, *words in map(json.loads, lines) if name == tool]
+
+
+def snakemake(checkout: Checkout, *words: str, environment: Mapping[str, str]) -> str:
+    """What Snakemake says of a run with the profile, among the recorders."""
+    tools = {"PATH": f"{checkout.directory / 'tools'}:/usr/bin:/bin"}
+    words = ("--profile", "slurm", *words, "--configfile", "one.yaml")
+    return checkout.snakemake(*words, environment={**tools, **environment}).stdout
 
 
 def train_on(checkout: Checkout, **settings: Any) -> list[str]:
@@ -74,11 +91,9 @@ def train_on(checkout: Checkout, **settings: Any) -> list[str]:
     profile["set-resources"]["train"] = {k: v for k, v in train.items() if v is not None}
     (checkout.directory / "profiles" / "slurm" / "config.yaml").write_text(yaml.safe_dump(profile))
     (checkout.directory / "records.jsonl").write_text("")
-    done = checkout.snakemake(
-        *("--profile", "slurm", "train", "--configfile", "one.yaml"),
-        environment={"PATH": f"{checkout.directory / 'tools'}:/usr/bin:/bin"},
-    )
-    assert "recorded" in done.stdout, done.stdout
+    packages = {"PYTHONPATH": str(checkout.directory / PACKAGES)}
+    said = snakemake(checkout, "train", environment=packages)
+    assert "recorded" in said, said
     words = recorded(checkout, "sbatch")[-1]
     own = ("--job-name", "--output", "-D")
     return [
@@ -161,3 +176,13 @@ def test_two_nodes_and_a_container(checkout: Checkout) -> None:
     environment = json.loads((checkout.directory / "environment.json").read_text())
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
     assert environment["MEGAQWEN_GPUS_PER_NODE"] == "8"
+
+
+@pytest.mark.skipif(bool(find_spec("transformer_engine")), reason="Transformer Engine is here")
+def test_no_training_waits_for_gpus_to_fail_on_them(checkout: Checkout) -> None:
+    (checkout.directory / "records.jsonl").write_text("")
+    said = snakemake(checkout, "train", environment={})
+    assert "takes Transformer Engine, which is not installed here: uv sync --extra gpu" in said, (
+        said
+    )
+    assert not recorded(checkout, "sbatch")

@@ -9,7 +9,14 @@ from pathlib import Path
 import fake_slurm
 import pytest
 import yaml
-from checkout import STATISTICS, Checkout, copy_repository, overlay, put_stubs
+from checkout import (
+    STATISTICS,
+    Checkout,
+    copy_repository,
+    overlay,
+    put_stubs,
+    put_transformer_engine,
+)
 
 from megaqwen.training.attempts import read_attempts
 
@@ -120,6 +127,7 @@ def test_the_trainings_are_one_array_and_each_task_trains_its_own_run(
     (copy.directory / "ran.txt").write_text("")
     # Slurm remembers jobs as long as it has to, and says so before there are some.
     environment = fake_slurm.install(tmp_path / "slurm") | {fake_slurm.REMEMBERS: "3"}
+    environment |= put_transformer_engine(tmp_path / "packages")
     cluster = ("--profile", "slurm", "all", "--until", "train")
     done = copy.snakemake(*cluster, *words, environment=environment)
     logs = [path.read_text() for path in (tmp_path / "slurm" / "jobs").glob("*.log")]
@@ -132,6 +140,7 @@ def test_the_trainings_are_one_array_and_each_task_trains_its_own_run(
 def test_a_profile_whose_arrays_would_stall_is_refused(checkout: Checkout, tmp_path: Path) -> None:
     environment = fake_slurm.install(tmp_path / "slurm")
     fits = overlay(checkout, "fits.yaml", train=FITS)
+    environment |= put_transformer_engine(tmp_path / "packages")
     words = ("--profile", "slurm", "all", "--jobs", 3, *WORDS, fits)
     done = checkout.snakemake(*words, environment=environment | {fake_slurm.REMEMBERS: "20"})
     assert done.returncode != 0 and "sbatch" not in fake_slurm.calls(environment)

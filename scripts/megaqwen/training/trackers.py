@@ -20,8 +20,12 @@ Log = Callable[[Record], None]
 def check_installed(tracking: Tracking) -> None:
     """InputError where the config names a tracker that is not installed."""
     wanted = (
-        ("wandb_project", ["wandb"], "uv sync"),
-        ("mlflow_experiment", ["mlflow", "sqlalchemy", "alembic"], "uv sync --extra mlflow"),
+        ("wandb_project", ["wandb"], "uv sync --inexact"),
+        (
+            "mlflow_experiment",
+            ["mlflow", "sqlalchemy", "alembic"],
+            "uv sync --inexact --extra mlflow",
+        ),
     )
     for field, packages, install in wanted:
         absent = [package for package in packages if find_spec(package) is None]
