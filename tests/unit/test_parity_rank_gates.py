@@ -1,6 +1,7 @@
 """What the gates over ranks are made of: options, batches, schedules and the comparison of tensors."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megaqwen.config.rank_options import (
     ranks_of_layout,
     ranks_of_replica,
 )
+from megaqwen.config.reading import read_yaml
 from megaqwen.errors import InputError
 from megaqwen.parity.affordable import Machine, Size, bytes_needed, reasons_not_to
 from megaqwen.parity.batches import make_batches
@@ -240,6 +242,40 @@ def test_what_fits_the_memory_of_one_rank_is_measured() -> None:
     assert none["layout"] == "12 GB of memory are needed and 11 GB may be used"
     slow = reasons(replace(ONE, rate=1e9), bf16=True, **plain)
     assert "more than parity.minutes" in slow["gradients"] and "gpu" in slow
+
+
+GATES = ("layout", "dtype", "gradients", "gradients with one tensor parallel rank", "trajectory")
+
+
+def test_the_profile_tells_what_parity_takes() -> None:
+    """In bytes a parameter: with those of its comment a gate is measured, and with one less it is not."""
+    told = (ROOT / "profiles" / "slurm" / "config.yaml").read_text()
+    told = told.split("In bytes a parameter of")[1].split("parity_gate:")[0]
+    layout, gradients, each, more, steps = map(int, re.findall(r"\b\d\d\b", told))
+    least = dict(zip(GATES, (layout, layout, gradients, 4 * each + more, steps), strict=True))
+    for gate, bytes_each in least.items():
+        machine = replace(FOUR, free=bytes_each * 1e9)
+        assert gate not in reasons(machine, bf16=True, **LAID_OUT)
+        # Those of each rank are rounded up before they are multiplied.
+        less = 0.93 if gate == GATES[3] else 1 - 1 / bytes_each
+        machine = replace(FOUR, free=less * machine.free)
+        assert gate in reasons(machine, bf16=True, **LAID_OUT), gate
+
+
+def test_what_parity_of_an_8b_takes() -> None:
+    """The mem_mb that its config names, in MiB as Slurm counts."""
+    file = ROOT / "config" / "experiments" / "qwen3-8b.yaml"
+    config = load_config(ROOT / "config" / "config.yaml", read_yaml(file))
+    most, again, steps = map(int, re.findall(r"\b\d\d0000\b", file.read_text()))
+    assert most == again
+
+    def absent(mem_mb: int) -> set[str]:
+        machine = Machine(ranks=2, on_a_node=2, free=mem_mb * 2**20, rate=1e15)
+        return set(reasons_not_to(config, Size(parameters=8_190_735_360), machine, with_steps=True))
+
+    assert absent(16000) >= {"layout", "dtype", "gradients", "trajectory"}
+    assert absent(most) == {"trajectory"} and "gradients" in absent(most * 9 // 10)
+    assert absent(steps) == set() and "trajectory" in absent(steps * 9 // 10)
 
 
 def test_a_copy_of_the_model_on_each_rank_takes_memory_for_each() -> None:
