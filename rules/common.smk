@@ -163,8 +163,13 @@ def parity_extra(rule):
     """sbatch's options for it that Snakemake has no resource for."""
 
     def extra(wildcards):
-        ranks = parity_ranks_per_node(rule)(wildcards)
-        return " ".join(Allocation(ranks_per_node=ranks).sbatch())
+        return " ".join(
+            Allocation(
+                ranks_per_node=parity_ranks_per_node(rule)(wildcards),
+                gpus_per_node=setting_of(rule, "gpus_per_node", 0),
+                gpu_type=setting_of(rule, "gpu_type", ""),
+            ).sbatch()
+        )
 
     return extra
 

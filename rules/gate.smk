@@ -18,6 +18,7 @@ rule parity_gate:
         ranks_per_node=parity_ranks_per_node("parity_gate"),
         tasks=parity_ranks,
         slurm_extra=parity_extra("parity_gate"),
+        gpus_per_node=0,
         launcher="torchrun",
         environment="",
     params:
@@ -32,7 +33,8 @@ rule parity_gate:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads}"
+        " --environment '{resources.environment}' --log {log}"
         " {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"

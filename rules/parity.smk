@@ -23,6 +23,7 @@ rule parity_convert:
         ranks_per_node=parity_ranks_per_node("parity_convert"),
         tasks=parity_ranks,
         slurm_extra=parity_extra("parity_convert"),
+        gpus_per_node=0,
         launcher="torchrun",
         environment="",
     params:
@@ -37,7 +38,8 @@ rule parity_convert:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads}"
+        " --environment '{resources.environment}' --log {log}"
         " {params.command} --crossing convert"
         " --model {params.model} --checkpoint {params.checkpoint} --gate {input.gate}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"
@@ -63,6 +65,7 @@ rule parity_export:
         ranks_per_node=parity_ranks_per_node("parity_export"),
         tasks=parity_ranks,
         slurm_extra=parity_extra("parity_export"),
+        gpus_per_node=0,
         launcher="torchrun",
         environment="",
     params:
@@ -77,7 +80,8 @@ rule parity_export:
     shell:
         "HF_HUB_OFFLINE=1 {params.launch} --launcher {resources.launcher}"
         " --nodes {resources.nodes} --ranks-per-node {resources.ranks_per_node}"
-        " --cpus-per-rank {threads} --environment '{resources.environment}' --log {log}"
+        " --gpus-per-node {resources.gpus_per_node} --cpus-per-rank {threads}"
+        " --environment '{resources.environment}' --log {log}"
         " {params.command} --crossing export"
         " --model {params.model} --checkpoint {params.checkpoint}"
         " --checkpoint-manifest {input.checkpoint} --data {params.data}"

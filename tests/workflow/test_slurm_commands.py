@@ -31,7 +31,8 @@ with open("{{records}}", "a") as stream:
 if name == "sacctmgr":
     print("lab")
 if name == "sbatch":
-    if "rule_train" in words and pathlib.Path("run-the-job").exists():
+    run = pathlib.Path("run-the-job")
+    if run.exists() and "rule_" + run.read_text() in words:
         subprocess.run(words[-1].removeprefix("--wrap="), shell=True)
     sys.exit("recorded")
 if name == "srun":
@@ -72,41 +73,53 @@ def recorded(checkout: Checkout, tool: str) -> list[list[str]]:
     return [words for name, *words in map(json.loads, lines) if name == tool]
 
 
-def snakemake(checkout: Checkout, *words: str, environment: Mapping[str, str]) -> str:
+def snakemake(
+    checkout: Checkout,
+    *words: str,
+    config: str = "one.yaml",
+    environment: Mapping[str, str],
+) -> str:
     """What Snakemake says of a run with the profile, among the recorders."""
     tools = {"PATH": f"{checkout.directory / 'tools'}:/usr/bin:/bin"}
-    words = ("--profile", "slurm", *words, "--configfile", "one.yaml")
+    words = ("--profile", "slurm", *words, "--configfile", config)
     return checkout.snakemake(*words, environment={**tools, **environment}).stdout
 
 
 def train_on(checkout: Checkout, **settings: Any) -> list[str]:
-    """sbatch's words for training with settings of the profile's section train.
+    """sbatch's words for training with settings of the profile's section train."""
+    return ask(checkout, "train", retries=0, **settings)
+
+
+def ask(
+    checkout: Checkout, rule: str, *words: str, config: str = "one.yaml", **settings: Any
+) -> list[str]:
+    """sbatch's words for a rule's job with settings of its section in the profile.
 
     Without those that differ from run to run, and without the command of the job.
     """
     profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
-    train = {**profile["set-resources"]["train"], "retries": 0, **settings}
-    profile["slurm-init-seconds-before-status-checks"] = 1
-    profile["set-threads"]["train"] = train.pop("threads", 12)
-    profile["set-resources"]["train"] = {k: v for k, v in train.items() if v is not None}
+    resources = {**profile["set-resources"][rule], **settings}
+    profile |= {"slurm-init-seconds-before-status-checks": 1, "retries": 0}
+    profile["set-threads"][rule] = resources.pop("threads", profile["set-threads"][rule])
+    profile["set-resources"][rule] = {k: v for k, v in resources.items() if v is not None}
     (checkout.directory / "profiles" / "slurm" / "config.yaml").write_text(yaml.safe_dump(profile))
     (checkout.directory / "records.jsonl").write_text("")
     packages = {"PYTHONPATH": str(checkout.directory / PACKAGES)}
-    said = snakemake(checkout, "train", environment=packages)
+    said = snakemake(checkout, rule, *words, config=config, environment=packages)
     assert "recorded" in said, said
-    words = recorded(checkout, "sbatch")[-1]
+    given = recorded(checkout, "sbatch")[-1]
     own = ("--job-name", "--output", "-D")
     return [
         word
-        for before, word in zip(["", *words], words, strict=False)
+        for before, word in zip(["", *given], given, strict=False)
         if before not in own and word not in own and not word.startswith("--wrap=")
     ]
 
 
-def sbatch(before: str, after: str) -> list[str]:
+def sbatch(before: str, after: str, rule: str = "train") -> list[str]:
     """The words around which those of the allocation are."""
     return shlex.split(
-        f"--parsable --export=ALL --comment rule_train {before} --no-requeue {after}"
+        f"--parsable --export=ALL --comment rule_{rule} {before} --no-requeue {after}"
     )
 
 
@@ -157,7 +170,7 @@ def test_what_sbatch_is_asked_for(checkout: Checkout, shape: str) -> None:
 
 
 def test_two_nodes_and_a_container(checkout: Checkout) -> None:
-    (checkout.directory / "run-the-job").touch()
+    (checkout.directory / "run-the-job").write_text("train")
     image = {"container": "/shared/megaqwen.sif", "mounts": "/shared,/scratch"}
     # One CPU a rank, since of more the job is given what the machine has.
     settings = {"threads": 1, "environment": "NCCL_SOCKET_IFNAME=ib0"}
@@ -176,6 +189,23 @@ def test_two_nodes_and_a_container(checkout: Checkout) -> None:
     environment = json.loads((checkout.directory / "environment.json").read_text())
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
     assert environment["MEGAQWEN_GPUS_PER_NODE"] == "8"
+
+
+def test_parity_over_two_nodes_has_a_gpu_of_each(checkout: Checkout) -> None:
+    """Of which that of the last rank computes."""
+    (checkout.directory / "run-the-job").write_text("parity_gate")
+    overlay(checkout, "two.yaml", run="two", train={"tensor_model_parallel_size": 2})
+    settings = {"max_ranks_per_node": 1, "gpus_per_node": 1, "slurm_partition": "gpu", "threads": 1}
+    assert ask(checkout, "parity_gate", config="two.yaml", **settings) == sbatch(
+        "-p gpu -t 60 --mem 16000 --nodes=2",
+        "--ntasks=2 --cpus-per-task=1 --gpus-per-node=1 --ntasks-per-node=1",
+        "parity_gate",
+    )
+    (words,) = recorded(checkout, "srun")
+    assert words[: words.index(sys.executable)] == shlex.split(
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=1"
+        " --cpu-bind=none --kill-on-bad-exit=1 --wait=0 --quit-on-interrupt"
+    )
 
 
 @pytest.mark.skipif(bool(find_spec("transformer_engine")), reason="Transformer Engine is here")
