@@ -30,6 +30,8 @@ EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+# Slurm ends a job whose time is up by the signal by which it cancels one.
+OUT_OF_TIME = "; if the job's time was up, runtime in the profile gives more"
 
 
 class Terminated(KeyboardInterrupt):
@@ -132,8 +134,10 @@ def run_command(
         logger.error("%s%s", STOPPED, stopped)
         return EXIT_STOPPED
     except KeyboardInterrupt as interrupt:
-        logger.error("%snothing unfinished was kept under its final name", INTERRUPTED)
-        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
+        terminated = isinstance(interrupt, Terminated)
+        advice = OUT_OF_TIME if terminated and "SLURM_JOB_ID" in os.environ else ""
+        logger.error("%snothing unfinished was kept under its final name%s", INTERRUPTED, advice)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001  the boundary; CheckpointException is no Exception
