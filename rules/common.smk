@@ -11,8 +11,8 @@ from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.environment import (
+    can_train_on_gpu,
     INSTALL_TRANSFORMER_ENGINE,
-    has_gpu,
     has_transformer_engine,
     put_this_python_first,
 )
@@ -128,7 +128,7 @@ def launch_command(wildcards, resources):
         world_size = resources.nodes * resources.ranks_per_node
         known = known_hf_config(layout)  # of a Hub model not before it is there
         mistakes = check_model_fits(layout.config, known or None, world_size)
-        if resources.get("launcher") == "torchrun" and not has_gpu():
+        if resources.get("launcher") == "torchrun" and not can_train_on_gpu():
             mistakes += map(str, cpu_mistakes(layout.config.train))
         if mistakes:
             raise WorkflowError("this training does not fit:", *mistakes)

@@ -27,6 +27,22 @@ def has_transformer_engine() -> bool:
     return find_spec("transformer_engine") is not None
 
 
+def can_train_on_gpu() -> bool:
+    """Whether a GPU of this machine is of use."""
+    return has_gpu() and has_transformer_engine()
+
+
+def hide_gpu_of_no_use() -> str:
+    """Before torch is imported: without Transformer Engine training is on CPUs; what to say of it."""
+    if not has_gpu() or has_transformer_engine():
+        return ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return (
+        "this machine has a GPU, and no Transformer Engine, which training on it takes: it is on CPUs."
+        f" For the GPU: {INSTALL_TRANSFORMER_ENGINE}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """A process's environment, and whether a GPU is there for it."""
@@ -39,6 +55,8 @@ class Surroundings:
 def surroundings() -> Surroundings:
     """This process's, before it hides the GPUs from itself."""
     no_gpu = "" if has_gpu() else "this machine has no GPU that may be used"
+    if not no_gpu and not has_transformer_engine():
+        no_gpu = f"there is no Transformer Engine: {INSTALL_TRANSFORMER_ENGINE}"
     # Where Slurm does not keep a job from GPUs of others, a job that asked for none would take one.
     if "SLURM_JOB_ID" in os.environ and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         no_gpu = "this Slurm job has no GPU"

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megaqwen import environment
+from megaqwen.environment import surroundings
 from megaqwen.errors import InputError
 from megaqwen.training import gpus
 from megaqwen.training.gpus import check_gpus
@@ -25,9 +27,17 @@ def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_gpu_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "has_transformer_engine", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    check_gpus()  # on CPUs
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match=r"uv sync --extra gpu, .* or .*CUDA_VISIBLE_DEVICES= "):
+    """Where it was asked for, an error; else training is on CPUs, as if it was not there."""
+    monkeypatch.setattr(environment, "DRIVER", ("/proc",))  # there is a driver
+    for module in (environment, gpus):
+        monkeypatch.setattr(module, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if environment.has_gpu() else 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert surroundings().no_gpu.startswith("there is no Transformer Engine: uv sync --extra gpu")
+    monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "1")
+    with pytest.raises(InputError, match=r"takes Transformer Engine.*uv sync --extra gpu, "):
         check_gpus()
+    monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    check_gpus()
+    assert not environment.has_gpu()

@@ -179,7 +179,7 @@ class Tracking(Section):
     wandb_project: str = ""
     """A project of Weights & Biases, offline without a key; empty: none."""
     mlflow_experiment: str = ""
-    """Of MLflow (`uv sync --extra mlflow`), a file without MLFLOW_TRACKING_URI; empty: none."""
+    """Of MLflow (`uv sync --inexact --extra mlflow`), a file without MLFLOW_TRACKING_URI; empty: none."""
 
 
 class Scratch(Section):

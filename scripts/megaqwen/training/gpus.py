@@ -1,22 +1,33 @@
 """What is missing for training on GPUs, said by each rank: they, or Transformer Engine."""
 
+import logging
 import os
 import socket
 
-import torch
-
-from megaqwen.environment import INSTALL_TRANSFORMER_ENGINE, has_transformer_engine
+from megaqwen.environment import (
+    INSTALL_TRANSFORMER_ENGINE,
+    has_transformer_engine,
+    hide_gpu_of_no_use,
+)
 from megaqwen.errors import InputError
 from megaqwen.training.launch import GPUS_PER_NODE
 from megaqwen.training.ranks import rank_from_environment
+
+logger = logging.getLogger("megaqwen.training")
 
 
 def check_gpus() -> None:
     """InputError where torch does not see this rank's GPU, which was asked for, or cannot train on it.
 
     Without it, nodes of GPUs whose driver is too old would train on their CPUs until their time is up.
+    A GPU that nobody asked for is left alone where there is no Transformer Engine; the log says so.
     """
-    asked, seen = int(os.environ.get(GPUS_PER_NODE, "0")), torch.cuda.device_count()
+    asked = int(os.environ.get(GPUS_PER_NODE, "0"))
+    if not asked and (words := hide_gpu_of_no_use()):
+        logger.warning(words)
+    import torch
+
+    seen = torch.cuda.device_count()
     if asked and seen <= rank_from_environment().local_rank:
         raise InputError(
             f"{socket.gethostname()}: {asked} GPUs a node were asked for (gpus_per_node), and torch sees"
@@ -27,12 +38,14 @@ def check_gpus() -> None:
     if seen and not has_transformer_engine():
         raise InputError(
             f"{socket.gethostname()}: training on a GPU takes Transformer Engine, which is not installed:"
-            f" {INSTALL_TRANSFORMER_ENGINE}, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on CPUs"
+            f" {INSTALL_TRANSFORMER_ENGINE}"
         )
 
 
 def why_none() -> str:
     """Torch's own words on it."""
+    import torch
+
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
