@@ -27,7 +27,7 @@ PROFILE = {
     },
 }
 # The embedded default over two stages and for fewer iterations: four ranks hold one copy of the model.
-ITERATIONS = 50
+ITERATIONS = 40
 SMALL = {
     "pipeline_model_parallel_size": 2,
     "train_iters": ITERATIONS,
@@ -38,6 +38,13 @@ SMALL = {
     "micro_batch_size": 2,
     "global_batch_size": 4,
 }
+# Less of each comparison than by default, and each of them.
+PARITY_OF_LITTLE = {
+    "held_out_documents": 1,
+    "max_tokens": 64,
+    "generated_tokens": 2,
+    "trajectory_iterations": 1,
+}
 # Over four stages: eight ranks.
 WIDE_ITERATIONS = 10
 WIDE = {
@@ -47,8 +54,8 @@ WIDE = {
     "eval_interval": 5,
 }
 CONFIGS = {
-    "small.yaml": {"train": SMALL, "data": {"shards": 2}},
-    "wide.yaml": {"train": WIDE, "data": {"shards": 2}},
+    "small.yaml": {"train": SMALL, "data": {"shards": 2}, "parity": PARITY_OF_LITTLE},
+    "wide.yaml": {"train": WIDE, "data": {"shards": 2}, "parity": PARITY_OF_LITTLE},
     "fits.yaml": {"train": {"micro_batch_size": 1}},
 }
 # Two nodes of two ranks each, beside others.

@@ -161,9 +161,10 @@ class Cluster:
 
     def preempt_by_qos(self) -> None:
         """Start the controller anew, beside running jobs, so that QOS decide who takes whose nodes."""
+        control = self.seen(Path("/run/slurmctld.pid")).read_text().strip()
         self.run("scontrol", "shutdown", "slurmctld")
-        control = self.state / "slurmctld.pid"
-        self.wait_until(lambda: not control.exists(), START_SECONDS)
+        process = self.seen(Path("/proc") / control)
+        self.wait_until(lambda: not process.exists(), START_SECONDS)
         file = self.state / "etc/slurm.conf"
         text = file.read_text().replace("preempt/partition_prio", "preempt/qos")
         file.write_text(text)

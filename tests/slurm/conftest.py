@@ -16,9 +16,7 @@ from real_scenarios import real_trainings
 from scenarios import (
     cancelled_and_lost,
     failing,
-    full,
     lost_and_requeued,
-    out_of_memory,
     preempted,
     preempted_by_qos,
     stopped,
@@ -85,28 +83,23 @@ def ended(cluster: Cluster, clone: Path, stubs: Path) -> dict[str, Any]:
         return stub(cluster, stubs, name, profile or {}, **{**SHARED, **settings})
 
     low = {"slurm_partition": "low", "sbatch_options": "--exclusive"}
-    by_partition = {
-        "preempted": (stubbed("preempted", **low), preempted),
-        "requeued": (stubbed("requeued", REQUEUE, **low), preempted),
-    }
+    requeued = stubbed("requeued", REQUEUE, **low)
     lost = stubbed("lost and requeued", REQUEUE, slurm_partition="fifth")
     busy = stubbed("unanswered")
     busy.environment = {"PATH": f"{put_squeue(busy.clone)}:{os.environ['PATH']}"}
     sweep = stubbed("swept")
     sweep.words = ("all", "--until", "train", *SWEEP)
     real = real_trainings(cluster, clone)
-    preempting = [training for training, _ in by_partition.values()] + [real["interrupted"][0]]
-    by_qos = partial(preempted_by_qos, others=preempting)
+    others = (requeued, real["interrupted"][0], real["wide"][0])
+    by_qos = partial(preempted_by_qos, others=others)
     return together(
         {
             **real,
-            **by_partition,
+            "requeued": (requeued, preempted),
             "preempted by QOS": (stubbed("qos", **low), by_qos),
             "cancelled and lost": (stubbed("lost", slurm_partition="second"), cancelled_and_lost),
             "lost and requeued": (lost, lost_and_requeued),
             "time limit": (stubbed("limit", runtime=3, save_seconds=60), time_limit),
-            "out of memory": (stubbed("memory", mem_mb=1500), out_of_memory),
-            "full": (stubbed("full"), full),
             "stopped": (stubbed("stopped"), stopped),
             "unanswered": (busy, unanswered),
             "failing": (stubbed("failing"), failing),

@@ -16,19 +16,15 @@ from disks import quota
 from scenarios import Scenario
 from trainings import Training, Until
 
-TAKEN = (
-    "results/shared/models",
-    "results/shared/megatron",
-    "results/shared/data",
-    ".snakemake/metadata",
-)
+SHARED = "results/shared"
+TAKEN = ("models", "megatron", "data")  # of it
 SMALL = ("--configfile", "config/experiments/cluster.yaml", "small.yaml")
 WIDE = ("--configfile", "config/experiments/cluster.yaml", "wide.yaml")
 Real = dict[str, tuple[Training, Callable[[Any], Scenario]]]
 
 
 def real_trainings(cluster: Cluster, clone: Path) -> Real:
-    """Each with its scenario: one after the other, beside that which is interrupted."""
+    """Each with its scenario: the whole run beside others, one by one, up to their gates after export."""
     whole = Training(cluster=cluster, clone=clone, words=("all", *SMALL))
 
     def copied(
@@ -36,7 +32,7 @@ def real_trainings(cluster: Cluster, clone: Path) -> Real:
     ) -> Training:
         directory = Path(shutil.copytree(clone, clone.parent / name, symlinks=True))
         edit_profile(directory, changes, profile=profile)
-        return Training(cluster=cluster, clone=directory, words=("all", *words), profile=profile)
+        return Training(cluster=cluster, clone=directory, words=("parity", *words), profile=profile)
 
     def on_one_machine(name: str, words: tuple[str, ...], ranks: int) -> Training:
         settings = {"set-resources": {"train": {"ranks_per_node": ranks}}}
@@ -57,12 +53,18 @@ def real_trainings(cluster: Cluster, clone: Path) -> Real:
 
 def undisturbed(training: Training, whole: Training, before: Training | None = None) -> Scenario:
     """A training that nothing befalls, and its gates."""
-    begun = f"the training of {whole.clone.name}"
-    yield Until(what=begun, holds=lambda: whole.attempts or whole.over)
+    stages = [f"{SHARED}/{each}/*/manifest.json" for each in TAKEN]
+
+    def are_made() -> bool:
+        return whole.over or all(any(whole.clone.glob(each)) for each in stages)
+
+    yield Until(what="the stages before training", holds=are_made)
     if before:
         yield training.after(before)
+    on_their_way = shutil.ignore_patterns("*.shards")
     for place in TAKEN:
-        shutil.copytree(whole.clone / place, training.clone / place, dirs_exist_ok=True)
+        source = whole.clone / SHARED / place
+        shutil.copytree(source, training.clone / SHARED / place, ignore=on_their_way)
     training.start()
     yield training.ended(0)
 
@@ -79,7 +81,7 @@ def interrupted(training: Training) -> Scenario:
     yield training.ended(1)
     yield training.gone(job)
 
-    training.ask_for(nodes=2, ranks_per_node=2, mem_mb=900)
+    training.ask_for(nodes=2, ranks_per_node=2, mem_mb=700)
     training.start()
     yield training.ended(1)
     starved = len(training.attempts)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
-from disks import SmallDisk
 from trainings import StubTraining, Training, Until
 
 Scenario = Generator[Until, None, Any]
@@ -102,7 +101,7 @@ def preempted(training: StubTraining) -> Scenario:
 
 def preempted_by_qos(training: StubTraining, others: Collection[Training]) -> Scenario:
     """The controller starts anew and goes by QOS: a job of the same partition takes the nodes."""
-    yield training.after(*others)  # which partitions preempt
+    yield training.after(*others)  # that are on partitions which preempt, or submit jobs
     training.start()
     yield training.writes(attempt=1)
     training.cluster.preempt_by_qos()
@@ -120,31 +119,6 @@ def lost_and_requeued(training: StubTraining) -> Scenario:
     yield training.writes(attempt=2)
     training.cluster.run("scancel", training.job())
     yield training.writes(attempt=3)
-    training.tell("finish")
-    yield training.ended(0)
-
-
-def out_of_memory(training: StubTraining) -> Scenario:
-    """One rank takes more memory than the job has, once; then each time that it starts."""
-    training.start()
-    yield training.writes(attempt=1, count=12)
-    training.tell("eat", "once")
-    yield training.writes(attempt=2)
-    training.tell("eat", "always")
-    yield training.ended(1)
-
-
-def full(training: StubTraining) -> Scenario:
-    """The filesystem of the checkpoints has room for two of them; then it gets more."""
-    disk = SmallDisk(training.cluster, training.place, kilobytes=2560)
-    training.put(disk)
-    training.tell("heavy")
-    training.start()
-    yield training.ended(1)
-    disk.leave(kilobytes=100_000)
-    training.start()
-    before = len(training.attempts)
-    yield training.writes(attempt=before + 1)
     training.tell("finish")
     yield training.ended(0)
 

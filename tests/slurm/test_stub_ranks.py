@@ -11,7 +11,6 @@ from trainings import RUN, StubTraining, columns, outcome
 
 from commands import ROOT
 from megaqwen.training.attempts import KILLED, read_attempts
-from megaqwen.training.logs import MORE_MEMORY
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +90,7 @@ def test_slurm_requeues_what_lost_its_first_node(cluster: Cluster, ended: dict[s
     assert first.reason == KILLED and first.host != second.host
 
 
-@pytest.mark.parametrize("name", ["preempted", "preempted by QOS", "requeued"])
+@pytest.mark.parametrize("name", ["preempted by QOS", "requeued"])
 def test_what_is_preempted_goes_on(ended: dict[str, Any], name: str) -> None:
     training: StubTraining = outcome(ended, name)
     one_writer_at_a_time(training)
@@ -102,25 +101,6 @@ def test_what_is_preempted_goes_on(ended: dict[str, Any], name: str) -> None:
     (said,) = training.said
     again = f"Slurm job {first.slurm_job_id} was preempted, and ended: it is tried again"
     assert (again in said) == (name != "requeued")
-
-
-def test_a_rank_without_memory(ended: dict[str, Any]) -> None:
-    training: StubTraining = outcome(ended, "out of memory")
-    one_writer_at_a_time(training)
-    first, second, *_ = training.attempts
-    assert first.resumed == 0 < second.resumed
-    (said,) = training.said
-    assert "failed before they saved another checkpoint: not tried again" in said
-    assert "exceeded memory limit" in said and MORE_MEMORY in said
-
-
-def test_a_full_disk(ended: dict[str, Any]) -> None:
-    training: StubTraining = outcome(ended, "full")
-    one_writer_at_a_time(training)
-    first, _ = training.said
-    assert "the last 3 jobs ended before their training began: not tried again" in first
-    assert "train failed: the disk is full" in first
-    assert training.attempts[-1].resumed >= 20 and training.attempts[-1].reason == "finished"
 
 
 def test_a_squeue_that_gives_no_answer(ended: dict[str, Any]) -> None:
