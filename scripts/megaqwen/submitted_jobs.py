@@ -1,8 +1,9 @@
 """Jobs that Snakemake's Slurm executor loses sight of, in the process that submitted them.
 
 While it asks Slurm for the states of its jobs, it knows none of them: who presses Ctrl-C in those moments
-cancels nothing. It asks more and more seldom, until three minutes go by before the end of a job, or
-Ctrl-C, is heeded. And of a job that was preempted it expects that Slurm starts it again, which Slurm does
+cancels nothing. It asks more and more seldom, until three minutes go by before the end of a job is
+heeded. So is Ctrl-C, and where Slurm gives no answer only when it has been asked as often as the profile
+says, half an hour. And of a job that was preempted it expects that Slurm starts it again, which it does
 not where PreemptMode is CANCEL or the job was submitted with --no-requeue: it would wait for ever.
 
 It asks sacct in place of the squeue that a profile names, where Slurm may forget ended jobs too soon
@@ -10,6 +11,7 @@ It asks sacct in place of the squeue that a profile names, where Slurm may forge
 and takes the state of one task of an array for that of the others.
 """
 
+import asyncio
 import atexit
 import logging
 import subprocess
@@ -17,11 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 SECONDS = 60  # that Slurm may take for an answer
-POLL_SECONDS = 30.0
+END_SECONDS = 2.0  # that Snakemake, at its end, waits for a look at the jobs that is under way
 FOREVER = 10**9  # seconds, for MinJobAge=0, by which Slurm forgets nothing
+PREEMPTED_SECONDS = 10  # that a job is preempted at least until it is taken for ended
 LOOKS = 3  # first pauses between looks for which the plugin wants ended jobs to be remembered
 
 logger = logging.getLogger(__name__)
@@ -74,21 +78,29 @@ def forgets_too_soon(remembered: int | None, first_look: int) -> str | None:
 def watch_jobs(executor: Any, say: Callable[[str], None], remembered: int | None = None) -> None:
     """Let Snakemake look after its jobs, try again what was preempted, and leave none behind.
 
+    They are looked at as often as Snakemake's own seconds-between-status-checks says.
+
     Args:
         executor: Of snakemake-executor-plugin-slurm.
         say: Tells a person of each job.
         remembered: How many seconds Slurm remembers ended jobs for: they are looked at before.
     """
-
     atexit.register(cancel_jobs, executor.run_uuid)
-    longest = POLL_SECONDS if remembered is None else min(POLL_SECONDS, max(1, remembered // LOOKS))
+    # A daemon, which ends with the process.
+    executor.wait_thread.join = partial(executor.wait_thread.join, END_SECONDS)
+    longest = executor.workflow.remote_execution_settings.seconds_between_status_checks
+    if remembered is not None:
+        longest = min(longest, max(1, remembered // LOOKS))
+
+    async def sleep() -> None:
+        await asyncio.sleep(min(longest, executor.next_seconds_between_status_checks))
+
+    executor.sleep = sleep
 
     def watch() -> None:
         before: set[str] = set()
         while True:
-            time.sleep(longest)
-            pause = executor.next_seconds_between_status_checks
-            executor.next_seconds_between_status_checks = min(pause, int(longest))
+            time.sleep(max(longest, PREEMPTED_SECONDS))
             # Twice: in the first moments one that will be requeued looks the same.
             preempted = preempted_jobs(executor.run_uuid)
             for job in taken_out(executor, preempted & before):

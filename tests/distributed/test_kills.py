@@ -5,6 +5,7 @@ One training of two ranks runs through; others are hurt in turn and started agai
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -239,3 +240,17 @@ def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
     assert "resuming after iteration 4" in log
     curve = losses(training.directory)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3
+
+
+def test_a_full_disk_in_a_save_that_nobody_waits_for(small_disk: Callable[[int], Path]) -> None:
+    """It is told when the save is ended; Megatron's own words name no disk."""
+    command = [
+        sys.executable,
+        Path(__file__).with_name("saves_on_full_disk.py"),
+        small_disk(20 << 20),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    said = re.findall(
+        r"^(.*): OSError\(28, 'No space left on device'\)$", done.stdout, re.MULTILINE
+    )
+    assert said == ["waited for", "asynchronous"], done.stdout + done.stderr

@@ -18,11 +18,11 @@ import psutil
 from megaqwen.training.supervise import PARENT_DEATH_SIGNAL, end_with_parent
 
 HERE = Path(__file__).parent
-NODES = 14
+NODES = 21
 CPUS = 16
 GPUS = 8
 MEMORY = 64000  # MB that a node declares
-PACKAGES = "slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux"
+PACKAGES = "slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux btrfs-progs"
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "ip", "unshare", "nsenter")
 START_SECONDS = 300
 
@@ -158,6 +158,17 @@ class Cluster:
         self.run("bash", "-c", f"kill -9 $(ip netns pids {node})")
         # By itself Slurm notices after SlurmdTimeout, which is long here for the sake of loaded machines.
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=died")
+
+    def preempt_by_qos(self) -> None:
+        """Start the controller anew, beside running jobs, so that QOS decide who takes whose nodes."""
+        control = self.seen(Path("/run/slurmctld.pid")).read_text().strip()
+        self.run("scontrol", "shutdown", "slurmctld")
+        process = self.seen(Path("/proc") / control)
+        self.wait_until(lambda: not process.exists(), START_SECONDS)
+        file = self.state / "etc/slurm.conf"
+        text = file.read_text().replace("preempt/partition_prio", "preempt/qos")
+        file.write_text(text)
+        self.run("slurmctld")
 
     def is_queued(self, job: str) -> bool:
         """Whether a job waits, runs or ends."""

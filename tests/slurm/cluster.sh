@@ -100,6 +100,8 @@ wait_for 120 sacctmgr -n list cluster
 sacctmgr -i add cluster test
 sacctmgr -i add account lab Description=lab Organization=lab
 sacctmgr -i add user root Account=lab DefaultAccount=lab
+sacctmgr -i add qos urgent Preempt=normal Priority=10
+sacctmgr -i modify user root set QOS+=urgent
 
 slurmctld
 wait_for 60 scontrol ping

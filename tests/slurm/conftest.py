@@ -1,38 +1,35 @@
-"""One Slurm cluster for all tests here, and clones of the repository that run on it."""
+"""One Slurm cluster for all tests, clones of the repository on it, and what came of each scenario."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 from checkout import Checkout, copy_repository, put_stubs
+from clones import PROFILE, REQUEUE, SHARED, edit_profile, put_configs, put_squeue
 from cluster import Cluster, reason_to_skip
+from real_scenarios import real_trainings
+from scenarios import (
+    cancelled_and_lost,
+    failing,
+    lost_and_requeued,
+    preempted,
+    preempted_by_qos,
+    stopped,
+    swept,
+    time_limit,
+    together,
+    unanswered,
+)
+from trainings import stub
 
 from commands import ROOT
 
-STAGES = ("convert", "export", "preprocess", "preprocess_shard")
-PARITY = ("parity_gate", "parity_convert", "parity_export")
-# The profile as a person edits it for this cluster: ranks on CPUs, and nobody waits for a filesystem.
-PROFILE = {
-    "latency-wait": 30,
-    "slurm-init-seconds-before-status-checks": 2,
-    "max-status-checks-per-second": 1,
-    "default-resources": {"runtime": 60, "mem_mb": 3000, "slurm_account": "lab"},
-    "set-threads": dict.fromkeys(STAGES, 2) | dict.fromkeys((*PARITY, "train"), 1),
-    "set-resources": {
-        **{rule: {"max_ranks_per_node": 2} for rule in PARITY},
-        "train": {
-            "nodes": 4,
-            "gpus_per_node": 0,
-            "ranks_per_node": 1,
-            "mem_mb": 6000,
-            "runtime": 60,
-            "slurm_partition": "gpu",
-        },
-    },
-}
+SWEEP = ("--configfile", "config/experiments/sweep.yaml", "fits.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +56,7 @@ def clone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh clone whose profile is set for the cluster."""
     directory = copy_repository(tmp_path_factory.mktemp("clone") / "megaqwen").directory
     edit_profile(directory, PROFILE)
+    put_configs(directory)
     return directory
 
 
@@ -71,20 +69,40 @@ def stubs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy2(ROOT / "scripts" / "launch.py", scripts)
     shutil.copy2(Path(__file__).with_name("stub_rank.py"), scripts / "train.py")
     edit_profile(checkout.directory, PROFILE)
+    put_configs(checkout.directory)
     cluster_yaml = "config/experiments/cluster.yaml"
     checkout.run("parity_gate", "parity_convert", "--configfile", cluster_yaml)
     return checkout.directory
 
 
-def edit_profile(clone: Path, changes: dict[str, object], profile: str = "slurm") -> None:
-    """Lay values over a profile."""
-    path = clone / "profiles" / profile / "config.yaml"
-    path.write_text(yaml.safe_dump(laid_over(yaml.safe_load(path.read_text()), changes)))
+@pytest.fixture(scope="session")
+def ended(cluster: Cluster, clone: Path, stubs: Path) -> dict[str, Any]:
+    """What came of each scenario: its training, or the exception that ended it."""
 
+    def stubbed(name: str, profile: dict[str, object] | None = None, **settings: object) -> Any:
+        return stub(cluster, stubs, name, profile or {}, **{**SHARED, **settings})
 
-def laid_over(values: dict, changes: dict) -> dict:  # type: ignore[type-arg]
-    """`values` with `changes`, section by section."""
-    result = dict(values)
-    for key, change in changes.items():
-        result[key] = laid_over(result.get(key, {}), change) if isinstance(change, dict) else change
-    return result
+    low = {"slurm_partition": "low", "sbatch_options": "--exclusive"}
+    requeued = stubbed("requeued", REQUEUE, **low)
+    lost = stubbed("lost and requeued", REQUEUE, slurm_partition="fifth")
+    busy = stubbed("unanswered")
+    busy.environment = {"PATH": f"{put_squeue(busy.clone)}:{os.environ['PATH']}"}
+    sweep = stubbed("swept")
+    sweep.words = ("all", "--until", "train", *SWEEP)
+    real = real_trainings(cluster, clone)
+    others = (requeued, real["interrupted"][0], real["wide"][0])
+    by_qos = partial(preempted_by_qos, others=others)
+    return together(
+        {
+            **real,
+            "requeued": (requeued, preempted),
+            "preempted by QOS": (stubbed("qos", **low), by_qos),
+            "cancelled and lost": (stubbed("lost", slurm_partition="second"), cancelled_and_lost),
+            "lost and requeued": (lost, lost_and_requeued),
+            "time limit": (stubbed("limit", runtime=3, save_seconds=60), time_limit),
+            "stopped": (stubbed("stopped"), stopped),
+            "unanswered": (busy, unanswered),
+            "failing": (stubbed("failing"), failing),
+            "swept": (sweep, swept),
+        }
+    )

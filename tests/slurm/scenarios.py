@@ -7,12 +7,10 @@ what the tests look at.
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
 from trainings import StubTraining, Training, Until
-
-from conftest import edit_profile
 
 Scenario = Generator[Until, None, Any]
 POLL_SECONDS = 0.5
@@ -52,11 +50,11 @@ def together(scenarios: Mapping[str, tuple[Training, Callable[[Any], Scenario]]]
         try:
             act()
         except StopIteration:
-            ended[name] = training
+            ended[name], training.over = training, True
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             # Of this scenario; the others go on.
             error.add_note(training.state())
-            ended[name] = error
+            ended[name], training.over = error, True
 
     def begin(name: str) -> None:
         training, scenario = scenarios[name]
@@ -69,23 +67,6 @@ def together(scenarios: Mapping[str, tuple[Training, Callable[[Any], Scenario]]]
             attended(each.name, each.look)
         time.sleep(POLL_SECONDS)
     return ended
-
-
-def interrupted(training: Training) -> Scenario:
-    """The whole run: its training is stopped on four nodes, goes on over two, and loses one of them."""
-    run = training.start()
-    yield training.writes(attempt=1)
-    job = training.job()
-    run.send(signal.SIGTERM)
-    yield training.ended(1)
-    yield training.gone(job)
-    train = {"nodes": 2, "ranks_per_node": 2}
-    edit_profile(training.clone, {"set-resources": {"train": train}})
-    training.start()
-    yield training.writes(attempt=2, since=6)
-    training.cluster.kill_node(training.cluster.nodes(training.job())[-1])
-    yield training.writes(attempt=3)
-    yield training.ended(0)
 
 
 def cancelled_and_lost(training: StubTraining) -> Scenario:
@@ -112,39 +93,32 @@ def preempted(training: StubTraining) -> Scenario:
     """A job of a partition with more priority takes the nodes."""
     training.start()
     yield training.writes(attempt=1)
-    nodes = ",".join(f"node{number}" for number in training.cluster.nodes(training.job()))
-    words = ("--partition=high", "--account=lab", "--exclusive", f"--nodelist={nodes}", "--mem=100")
-    output = training.clone / "high.txt"
-    training.cluster.run("sbatch", *words, f"--output={output}", "--wrap=hostname")
-    yield training.until("the job of more priority", output.exists)
+    yield training.take_nodes("--partition=high")
     yield training.writes(attempt=2)
     training.tell("finish")
     yield training.ended(0)
 
 
-def out_of_memory(training: StubTraining) -> Scenario:
-    """One rank takes more memory than the job has, once; then each time that it starts."""
+def preempted_by_qos(training: StubTraining, others: Collection[Training]) -> Scenario:
+    """The controller starts anew and goes by QOS: a job of the same partition takes the nodes."""
+    yield training.after(*others)  # that are on partitions which preempt, or submit jobs
     training.start()
-    yield training.writes(attempt=1, since=12)
-    training.tell("eat", "once")
+    yield training.writes(attempt=1)
+    training.cluster.preempt_by_qos()
+    yield training.take_nodes("--partition=low", "--qos=urgent")
     yield training.writes(attempt=2)
-    training.tell("eat", "always")
-    yield training.ended(1)
+    training.tell("finish")
+    yield training.ended(0)
 
 
-def full(training: StubTraining) -> Scenario:
-    """The filesystem of the checkpoints has room for two of them; then it gets more."""
-    disk = training.clone / "results/runs/cluster/train/checkpoints"
-    disk.mkdir(parents=True)
-    training.cluster.run("mount", "-t", "tmpfs", "-o", "size=2560k", "tmpfs", disk)
-    training.seen = training.cluster.seen(training.clone)
-    training.tell("heavy")
+def lost_and_requeued(training: StubTraining) -> Scenario:
+    """Slurm starts a job again whose first node died, that of its script; then it is cancelled."""
     training.start()
-    yield training.ended(1)
-    training.cluster.run("mount", "-o", "remount,size=100m", disk)
-    training.start()
-    before = len(training.attempts)
-    yield training.writes(attempt=before + 1)
+    yield training.writes(attempt=1, count=12)
+    training.cluster.kill_node(training.cluster.nodes(training.job())[0])
+    yield training.writes(attempt=2)
+    training.cluster.run("scancel", training.job())
+    yield training.writes(attempt=3)
     training.tell("finish")
     yield training.ended(0)
 
@@ -172,7 +146,7 @@ def stopped(training: StubTraining) -> Scenario:
 
 
 def unanswered(training: StubTraining) -> Scenario:
-    """Ctrl-C while Snakemake waits for squeue's answer; and a squeue that gives none for a while."""
+    """Ctrl-C while Snakemake waits for squeue's answer, or gets none; and a squeue that is away."""
     run = training.start()
     yield training.writes(attempt=1)
     job, asking = training.job(), training.clone / "asking"
@@ -180,10 +154,19 @@ def unanswered(training: StubTraining) -> Scenario:
     run.send(signal.SIGINT)
     yield training.ended(1)
     yield training.gone(job)
-    training.start()
+    run = training.start()
     yield training.writes(attempt=2)
+    job, asked = training.job(), training.clone / "unanswered"
     training.tell("away")
-    asked = training.clone / "unanswered"
+    yield training.until("a question", asked.exists)
+    run.send(signal.SIGINT)
+    yield training.ended(1)
+    (training.clone / "away").unlink()
+    yield training.gone(job)
+    asked.unlink()
+    training.start()
+    yield training.writes(attempt=3)
+    training.tell("away")
     yield training.until("8 questions", lambda: asked.exists() and len(asked.read_text()) >= 8)
     (training.clone / "away").unlink()
     training.tell("finish")

@@ -1,9 +1,7 @@
 """In place of scripts/train.py: a rank that meets the others and saves, and computes nothing.
 
-Files in the working directory tell it what to do: `fail`; `finish`; `heavy`, to save a MiB; and `eat`, on
-which the last rank takes more memory than the job has, while the others wait for it as in a collective
-(it removes the file first where that says `once`). Rank 0 leaves a line in writes.jsonl for each
-iteration, as the writer whom no other may meet.
+Files in the working directory tell it what to do: `fail` and `finish`. Rank 0 leaves a line in
+writes.jsonl for each iteration, as the writer whom no other may meet.
 """
 
 import json
@@ -15,7 +13,6 @@ import time
 from pathlib import Path
 
 from megaqwen.checkpoints import TRACKER, iteration_name, newest_finished
-from megaqwen.errors import disk_is_full, is_disk_full
 from megaqwen.training.attempts import read_attempts
 from megaqwen.training.ranks import Rank, rank_from_environment
 
@@ -23,7 +20,6 @@ WORDS = dict(zip(sys.argv, sys.argv[1:], strict=False))
 OUTPUT = Path(WORDS["--output"])
 SAVE_INTERVAL = 10
 SECONDS = 240.0  # that the others may take to come
-MEBIBYTE = 1 << 20
 
 
 def stop(number: int, frame: object) -> None:
@@ -59,24 +55,9 @@ def save(checkpoints: Path, iteration: int) -> None:
     """What launch.py takes for a whole checkpoint."""
     directory = checkpoints / iteration_name(iteration)
     directory.mkdir(exist_ok=True)
-    if Path("heavy").exists():
-        (directory / "__0_0.distcp").write_bytes(bytes(MEBIBYTE))
     for name in (".metadata", "metadata.json"):
         (directory / name).touch()
     (checkpoints / TRACKER).write_text(str(iteration))
-
-
-def eat(rank: Rank, order: Path) -> None:
-    """More memory than there is, until this process is killed; the other ranks wait."""
-    end = time.monotonic() + SECONDS
-    held = []
-    if rank.rank == rank.world_size - 1 and order.read_text() == "once":
-        order.unlink()
-    while time.monotonic() < end:
-        if rank.rank == rank.world_size - 1 and len(held) < 30:
-            held.append(b"x" * 100 * MEBIBYTE)
-        time.sleep(0.05)
-    raise TimeoutError(f"{len(held)} x 100 MiB killed nobody")
 
 
 def train(rank: Rank, checkpoints: Path) -> None:
@@ -87,8 +68,6 @@ def train(rank: Rank, checkpoints: Path) -> None:
     try:
         while not Path("finish").exists():
             time.sleep(0.2)
-            if (order := Path("eat")).exists():
-                eat(rank, order)
             iteration += 1
             if rank.rank:
                 continue
@@ -114,11 +93,7 @@ def main() -> None:
         sys.exit(1)
     meet(rank)
     (checkpoints,) = (OUTPUT / "checkpoints").iterdir()
-    try:
-        train(rank, checkpoints)
-    except OSError as error:
-        log(rank, "ERROR", disk_is_full(error) if is_disk_full(error) else f"error: {error}")
-        sys.exit(2)
+    train(rank, checkpoints)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import errno
 import logging
 import os
 import queue
-import shutil
+import tempfile
 import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
 from megaqwen.config.sections import Checkpoints
+from megaqwen.errors import is_disk_full
 from megaqwen.training import async_saving
 from megaqwen.training.cpu_checkpoints import saved_arguments
 from megaqwen.training.lease import check_held, token_of_launcher
@@ -29,7 +31,7 @@ from megaqwen.training.lease import check_held, token_of_launcher
 logger = logging.getLogger("megaqwen.training")
 
 STOPPING_SECONDS = 60.0  # that checksums may take of a stopped training's time to leave
-FULL = 16 << 20  # bytes that are free on a disk which a checkpoint filled, at the most
+FULL = 16 << 20  # bytes that do not fit any more where a checkpoint took the last room
 LAYOUT = {
     "tensor": "tensor_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
@@ -78,13 +80,12 @@ class Saving:
         def guarded(state_dict: Any, checkpoint_dir: Any, *words: Any, **named: Any) -> Any:
             directory = Path(checkpoint_dir)
             self.begin(directory)
-            try:
+            with telling(directory):
                 request = save(state_dict, checkpoint_dir, *words, **named)
-            except CheckpointException as error:
-                raise what_failed(error, directory) from error
             if request is None:
                 self.end(directory)
             else:  # asynchronous: called on every rank before the tracker is written
+                request.finalize_fns[:] = map(telling(directory), request.finalize_fns)
                 request.add_finalize_fn(lambda: self.end(directory))
             return request
 
@@ -141,10 +142,27 @@ class Saving:
             torch.distributed.barrier()
 
 
+@contextlib.contextmanager
+def telling(directory: Path) -> Iterator[None]:
+    """Around a save, or each of what ends one that was asynchronous: `what_failed` is raised."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise what_failed(error, directory) from error
+
+
 def what_failed(error: CheckpointException, directory: Path) -> Exception:
     """A failed save as an error that can be told: Megatron's writer keeps a full disk to itself."""
-    if shutil.disk_usage(directory).free < FULL:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+    try:
+        # A disk's free space tells of no quota.
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as probe:
+            probe.write(bytes(FULL))
+            probe.write(b"0")  # the first one may have written a part
+            os.fsync(probe.fileno())
+    except OSError as refused:
+        if is_disk_full(refused):
+            words = os.strerror(refused.errno or errno.ENOSPC)
+            return OSError(refused.errno, words, str(directory))
     return RuntimeError(f"{directory} was not saved: {error}")
 
 
