@@ -362,7 +362,8 @@ def check_gpu_packages():
     if any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
         raise WorkflowError(
             "training on GPUs takes Transformer Engine, which is not installed here:"
-            f" {INSTALL_TRANSFORMER_ENGINE}, or name a container in the profile"
+            f" {INSTALL_TRANSFORMER_ENGINE}, name a container in the profile, or set gpus_per_node: 0 there to"
+            " train on CPUs"
         )
 
 

@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests share."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,9 @@ import pytest
 
 # The tests start hundreds of processes: with it each would compile thousands of files again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# In the background of a script Ctrl-C is ignored, and so by all that is started from here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from workspace import Workspace
