@@ -14,6 +14,7 @@ from megaqwen.training.gpus import check_gpus
 def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven of eight are there, or none: as no machine is at will, torch's count is set."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
     monkeypatch.setattr(gpus, "has_transformer_engine", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "0")
@@ -31,7 +32,8 @@ def test_a_gpu_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(environment, "DRIVER", ("/proc",))  # there is a driver
     for module in (environment, gpus):
         monkeypatch.setattr(module, "has_transformer_engine", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if environment.has_gpu() else 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", environment.has_gpu)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert surroundings().no_gpu.startswith("there is no Transformer Engine: uv sync --extra gpu")
     monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "1")

@@ -27,7 +27,8 @@ def check_gpus() -> None:
         logger.warning(words)
     import torch
 
-    seen = torch.cuda.device_count()
+    # Not the count alone: where there is no GPU, Megatron is told of one that is emulated.
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked and seen <= rank_from_environment().local_rank:
         raise InputError(
             f"{socket.gethostname()}: {asked} GPUs a node were asked for (gpus_per_node), and torch sees"
