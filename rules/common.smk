@@ -123,10 +123,11 @@ def rank_command(wildcards, resources):
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
     layout = layout_of(wildcards)
+    known = known_hf_config(layout)  # of a Hub model not before it is there
+    to_check = known or not is_made(layout.run / "train")
     # Resources are not resolved yet when Snakemake asks for the first time.
-    if isinstance(resources.get("nodes"), int):
+    if to_check and isinstance(resources.get("nodes"), int):
         world_size = resources.nodes * resources.ranks_per_node
-        known = known_hf_config(layout)  # of a Hub model not before it is there
         mistakes = check_model_fits(layout.config, known or None, world_size)
         if resources.get("launcher") == "torchrun" and not can_train_on_gpu():
             mistakes += map(str, cpu_mistakes(layout.config.train))
