@@ -11,8 +11,8 @@ from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.environment import (
-    can_train_on_gpu,
     INSTALL_TRANSFORMER_ENGINE,
+    can_train_on_gpu,
     has_transformer_engine,
     put_this_python_first,
 )

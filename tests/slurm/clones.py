@@ -56,7 +56,6 @@ WIDE = {
 CONFIGS = {
     "small.yaml": {"train": SMALL, "data": {"shards": 2}, "parity": PARITY_OF_LITTLE},
     "wide.yaml": {"train": WIDE, "data": {"shards": 2}, "parity": PARITY_OF_LITTLE},
-    "fits.yaml": {"train": {"micro_batch_size": 1}},
 }
 # Two nodes of two ranks each, beside others.
 SHARED = {

@@ -29,7 +29,8 @@ from trainings import stub
 
 from commands import ROOT
 
-SWEEP = ("--configfile", "config/experiments/sweep.yaml", "fits.yaml")
+EXPERIMENTS = "config/experiments"
+SWEEP = ("--configfile", f"{EXPERIMENTS}/cluster.yaml", f"{EXPERIMENTS}/sweep.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +70,7 @@ def stubs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy2(ROOT / "scripts" / "launch.py", scripts)
     shutil.copy2(Path(__file__).with_name("stub_rank.py"), scripts / "train.py")
     edit_profile(checkout.directory, PROFILE)
-    put_configs(checkout.directory)
-    cluster_yaml = "config/experiments/cluster.yaml"
-    checkout.run("parity_gate", "parity_convert", "--configfile", cluster_yaml)
+    checkout.run("parity_gate", "parity_convert", "--configfile", f"{EXPERIMENTS}/cluster.yaml")
     return checkout.directory
 
 
