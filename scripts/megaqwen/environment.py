@@ -1,5 +1,6 @@
 """The environment of the stages' shell commands."""
 
+import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -68,14 +69,39 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def use_cudnn_of_torch() -> None:
+    """Load the cuDNN of torch's wheel for Transformer Engine as well, unless CUDNN_HOME names another.
+
+    It would look for the machine's first, and for parts of the machine's where torch's is in the search
+    path. Of two versions in a process torch refuses its own, or fused attention is not found and every
+    attention is unfused, five times as slow: seen with 9.14 of the machine beside torch's 9.19.
+    """
+    found = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
+    for place in map(os.path.realpath, (found and found.submodule_search_locations) or ()):
+        libraries = sorted(Path(place).glob("lib/libcudnn*.so.*"))
+        others = {name for name in loaded_libraries("libcudnn") if not name.startswith(place)}
+        if libraries and not others and os.environ.setdefault("CUDNN_HOME", place) == place:
+            for library in libraries:
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def loaded_libraries(name: str) -> set[str]:
+    """The files of this process's shared libraries with that name's beginning."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {line.split()[-1] for line in lines if "/" in line}
+    return {file for file in files if Path(file).name.startswith(name)}
+
+
 def prepare_gpu() -> None:
     """Settings of torch and Transformer Engine, not yet imported, that training on a GPU takes.
 
     What is set already stays. Expandable segments keep memory from being cut into pieces that are too
     small (NCCL then has to leave CUDA graphs' buffers alone). Experts in groups are one matrix product of
     CUTLASS on Hopper GPUs instead of one of cuBLAS each: twice the tokens of 128 experts a second.
-    cuDNN's norms are faster than Transformer Engine's.
+    cuDNN's norms are faster than Transformer Engine's; it is torch's (`use_cudnn_of_torch`).
     """
+    if has_gpu():
+        use_cudnn_of_torch()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")

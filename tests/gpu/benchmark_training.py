@@ -141,7 +141,9 @@ def row(record: dict[str, Any]) -> str:
     """A record as a line of the table."""
     if "error" in record:
         return f"{record['case']:28} {record['error'][:160]}"
-    more = {name: record[name] for name in ("start", "saves", "shares") if record.get(name)}
+    more = {
+        name: record[name] for name in ("start", "saves", "waits", "shares") if record.get(name)
+    }
     return (
         f"{record['case']:28} {record['tokens_per_second']:9,.0f} {record['tflops']:8.1f}"
         f" {record['peak_gib']:9.1f} {record['loss']:7.3f}  {json.dumps(more) if more else ''}"

@@ -18,6 +18,9 @@ LONGEST = 1800.0  # seconds
 
 
 def main() -> None:
+    from megaqwen.environment import prepare_gpu
+
+    prepare_gpu()
     import megaqwen.training.run  # noqa: F401  the slow imports
 
     turn, end = Path(os.environ["LAYOUT_TURN"]), time.monotonic() + LONGEST

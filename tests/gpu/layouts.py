@@ -1,7 +1,8 @@
 """Several GPUs of one host under every parallel layout that fits them: speed, memory, losses.
 
     uv run python tests/gpu/layouts.py --directory DIR                   # all, in about ten minutes
-    uv run python tests/gpu/layouts.py --directory DIR dense-dp2 moe-ep2 # these and what they need
+    uv run python tests/gpu/layouts.py --directory DIR dense-dp2 moe-ep2 # these alone
+    uv run python tests/gpu/layouts.py --directory DIR dense-1-fp8 dense-dp2-fp8 # and in FP8
     CUDA_VISIBLE_DEVICES= uv run python tests/gpu/layouts.py --directory DIR --gpus 2   # CPU ranks
 
 Each experiment is the train stage as the workflow runs it (scripts/launch.py, torchrun, scripts/train.py,
@@ -128,7 +129,7 @@ class Measurement:
 
     def steps(self) -> Iterator[list[Experiment]]:
         """Experiments that run side by side: those of one rank, one on each GPU."""
-        chosen = [each for each in plan(self.gpus) if self.chosen(each)]
+        chosen = self.all_chosen()
         alone = [each for each in chosen if each.ranks == 1]
         size = self.gpus if self.on_gpu else 1
         yield from (alone[first : first + size] for first in range(0, len(alone), size))
@@ -140,12 +141,19 @@ class Measurement:
 
     def shapes(self) -> list[str]:
         """The shapes that are trained."""
-        wanted = {each.shape for each in plan(self.gpus) if self.chosen(each)}
+        wanted = {each.shape for each in self.all_chosen()}
         return [shape for shape in LAYERS if shape in wanted]
 
+    def all_chosen(self) -> list[Experiment]:
+        """Those of the plan, and by name any of them in FP8."""
+        known = plan(self.gpus)
+        known += [each.in_fp8() for each in known if each.precision != "fp8" and each.ranks > 1]
+        return [each for each in known if self.chosen(each)]
+
     def chosen(self, experiment: Experiment) -> bool:
-        named = not self.names or experiment.name in self.names
-        return named and (self.on_gpu or not experiment.needs_gpu)
+        planned = experiment.precision != "fp8" or experiment.ranks == 1
+        wanted = experiment.name in self.names or (planned and not self.names)
+        return wanted and (self.on_gpu or not experiment.needs_gpu)
 
     def best_in_fp8(self) -> Iterator[Experiment]:
         """The fastest layout of each shape so far, in FP8."""

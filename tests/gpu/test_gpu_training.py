@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from slow_copy import SECONDS
 
+from commands import ROOT
+from megaqwen.training.metrics import read_metrics
 from workspace import (
     Workspace,
     differing,
@@ -16,6 +19,7 @@ from workspace import (
     largest_difference,
     losses,
     prepare,
+    script,
     weights,
 )
 
@@ -80,6 +84,28 @@ def test_saving_beside_training_saves_the_same_bits(workspace: Workspace, in_bf1
     for iteration in (2, 4):
         saved, expected = (weights(workspace, each, iteration) for each in (beside, in_bf16))
         assert differing(saved, expected) == []
+
+
+def test_training_goes_on_while_a_save_is_copied(workspace: Workspace, in_bf16: Path) -> None:
+    """A copy so slow that the next iteration's gradients are there long before its end."""
+    name = "slow-copy"
+    words = workspace.launch_words(name, 1, {**BF16, "async_save": True})
+    slow = str(Path(__file__).with_name("slow_copy.py"))
+    script(
+        "launch.py",
+        *(slow if word == str(ROOT / "scripts" / "train.py") else word for word in words),
+    )
+    (trained,) = (workspace.directory / name / "checkpoints").iterdir()
+    for iteration in (2, 4):
+        saved, expected = (weights(workspace, each, iteration) for each in (trained, in_bf16))
+        assert differing(saved, expected) == []
+    records = read_metrics(trained / "metrics.jsonl")
+    waited = {r["iteration"]: r["save_wait_seconds"] for r in records if "save_wait_seconds" in r}
+    saving = [r["save_seconds"] for r in records if "save_seconds" in r]
+    print(f"saves took training {saving} s, copies {waited}")
+    assert list(waited) == [3]  # after the save of iteration 2; after that of 4 nothing is trained
+    assert SECONDS / 2 < waited[3] < SECONDS + 2
+    assert max(saving) < SECONDS
 
 
 @pytest.mark.parametrize("lever", LEVERS)

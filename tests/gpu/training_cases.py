@@ -179,6 +179,7 @@ CASES: dict[str, Case] = {
     ),
     "8b": qwen_8b({}),
     "8b-long": replace(qwen_8b({}), accumulate=64),
+    "8b-mbs4": replace(qwen_8b({}), layers=12, micro=4),
     "8b-fp8": qwen_8b(TENSORWISE),
     "8b-fp8-delayed": qwen_8b(DELAYED),
     "8b-graphs": qwen_8b(GRAPHS, iterations=5),

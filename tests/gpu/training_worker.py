@@ -1,13 +1,11 @@
 """One case of benchmark_training.py, in a process of its own."""
 
-import cProfile
 import ctypes
 import faulthandler
 import fcntl
 import json
 import logging
 import os
-import pstats
 import re
 import signal
 import statistics
@@ -199,6 +197,7 @@ def train_with_megatron(case: Case, directory: Path) -> dict[str, Any]:
     tokens = case.micro * case.accumulate * length / seconds
     shutil.rmtree(directory / "train", ignore_errors=True)
     on_gpu = torch.cuda.is_available()
+    waits = [row["save_wait_seconds"] for row in rows if "save_wait_seconds" in row]
     return {
         "tokens_per_second": tokens,
         "tflops": tokens * flops_per_token(run.hf_config, length) / 1e12,
@@ -208,6 +207,7 @@ def train_with_megatron(case: Case, directory: Path) -> dict[str, Any]:
         "losses": [row["loss"] for row in rows],
         "seconds": [row["seconds"] for row in rows],
         "marks": marks,
+        **({"waits": waits} if waits else {}),
         **record,
     }
 
@@ -250,11 +250,9 @@ def watch(
 
     def timed_save(*words: Any, **named: Any) -> Any:
         if case.saves:
-            profiler = cProfile.Profile()
             began = time.time()
-            profiler.runcall(save, *words, **named)
+            save(*words, **named)
             record.setdefault("saves", []).append(round(time.time() - began, 2))
-            pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)  # to the log
         else:  # the stage asks at its end whether its last iteration was saved
             (checkpoints / TRACKER).write_text(str(words[0]))
 

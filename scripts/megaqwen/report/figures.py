@@ -21,6 +21,7 @@ RATES = {
     "mfu": "MFU",
     "memory_bytes": "memory (bytes)",
     "save_seconds": "save (s)",
+    "save_wait_seconds": "wait for a save's copy (s)",
     "data_wait_seconds": "data wait (s)",
     "straggler_seconds": "straggler (s)",
 }

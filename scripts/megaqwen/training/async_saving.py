@@ -1,10 +1,10 @@
-"""Asynchronous saves through page-locked memory: training stands still for a copy and no more.
+"""Asynchronous saves through page-locked memory, which take training no time for their copy.
 
 Megatron's worker process copies each tensor from the GPU to fresh memory while training waits: at
 1.4 GB/s on an H100's host, since every page is touched for the first time and the driver copies through
 a buffer of its own. Here the worker keeps the memory from save to save and has the driver lock its
 pages, which the GPU fills at 55 GB/s; it takes it while the first iterations run. It costs a rank as much
-host memory as its share of a checkpoint.
+host memory as its share of a checkpoint. Training goes on while it is filled: see copy_beside.py.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from megaqwen.training.copy_beside import COPY
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -43,10 +45,12 @@ def install() -> None:
 
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:
         model, optimizer, schedule = set_up(*words, **named)
+        COPY.install()
         reserve_for(model, optimizer, get_args())
         return model, optimizer, schedule
 
     training.setup_model_and_optimizer = set_up_and_reserve
+    training.finalize_model_grads = COPY.before(training.finalize_model_grads)
 
 
 def reserve_for(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> None:

@@ -11,6 +11,7 @@ from megatron.training.training import get_train_valid_test_num_samples
 
 from megaqwen.provenance import peak_memory_bytes
 from megaqwen.training import cpu_emulation
+from megaqwen.training.copy_beside import COPY
 from megaqwen.training.evaluation import Evaluations
 from megaqwen.training.flops import flops_per_token, peak_of
 from megaqwen.training.metrics import MetricsWriter
@@ -28,7 +29,7 @@ def watch_metrics(run: TrainingRun, resumed: int, waits: Waits) -> None:
 
     def training_log(*values: Any, **named: Any) -> Any:
         result = megatron_log(*values, **named)
-        waited = waits.exchange()
+        waited = waits.exchange() | COPY.taken()
         if writer:
             writer.end_iteration(values[3], waited)
         return result

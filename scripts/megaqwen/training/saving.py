@@ -25,6 +25,7 @@ from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, 
 from megaqwen.config.sections import Checkpoints
 from megaqwen.errors import is_disk_full
 from megaqwen.training import async_saving
+from megaqwen.training.copy_beside import COPY
 from megaqwen.training.cpu_checkpoints import saved_arguments
 from megaqwen.training.lease import check_held, token_of_launcher
 
@@ -94,6 +95,7 @@ class Saving:
     def begin(self, directory: Path) -> None:
         """Stop where another start has the lease; rank 0's error ends all ranks of the job."""
         async_saving.wait_until_reserved()
+        COPY.wait()  # of a save without an iteration since
         if torch.distributed.get_rank() == 0:
             check_held(self.checkpoints, self.token)
             (directory / FILES).unlink(missing_ok=True)  # of an earlier save of this iteration

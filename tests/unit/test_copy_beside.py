@@ -1,0 +1,110 @@
+"""Training goes on beside a save's copy, and waits for it before weights change; with real processes."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+from megaqwen.training import copy_beside
+from megaqwen.training.copy_beside import CopyBeside, Waiting
+
+CONTEXT = multiprocessing.get_context("fork")
+PATIENCE = 60
+
+
+def copy(queue: Any, asked: Any, go_on: Any) -> None:
+    """As Megatron's worker does it: one copy after another."""
+    while True:
+        queue.get()
+        asked.set()
+        assert go_on.wait(PATIENCE)
+        queue.task_done()
+
+
+class Copier:
+    """A process that copies when it is told to."""
+
+    def __init__(self) -> None:
+        self.queue = CONTEXT.JoinableQueue()
+        self.asked, self.go_on = CONTEXT.Event(), CONTEXT.Event()
+        words = (self.queue, self.asked, self.go_on)
+        self.process = CONTEXT.Process(target=copy, args=words, daemon=True)
+        self.process.start()
+
+
+@pytest.fixture
+def copier() -> Iterator[Copier]:
+    one = Copier()
+    yield one
+    one.process.kill()
+    one.process.join()
+
+
+@pytest.fixture
+def waiting(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+    """In the place of the queue of Megatron's caller, whose process is the copier."""
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_preload_q", copier.queue)
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_process", copier.process)
+    found = Waiting()
+    found.install()
+    return found
+
+
+def ask() -> None:
+    """As Megatron's caller does when a save is due; it would return when the copy is made."""
+    PersistentAsyncCaller._persistent_preload_q.put(7)
+    PersistentAsyncCaller._persistent_preload_q.join()
+
+
+def test_gradients_are_finalized_after_the_copy(copier: Copier, waiting: Waiting) -> None:
+    at: list[float] = []
+    finalize = waiting.before(lambda *words, **named: at.append(time.monotonic()) or (words, named))
+    assert finalize(1, tokens=2) == ((1,), {"tokens": 2})  # nothing is copied: nothing to wait for
+    assert waiting.taken() == {}
+    began = time.monotonic()
+    ask()
+    assert copier.asked.wait(PATIENCE) and not copier.go_on.is_set()
+    CONTEXT.Process(target=end_later, args=(copier.go_on, 0.5)).start()
+    finalize(1)
+    assert at[1] - began > 0.5
+    assert 0.3 < waiting.taken()["save_wait_seconds"] <= at[1] - began
+    finalize(1)
+    assert waiting.taken() == {}
+
+
+def end_later(go_on: Any, seconds: float) -> None:
+    time.sleep(seconds)
+    go_on.set()
+
+
+def test_a_worker_that_ended_is_not_waited_for(
+    copier: Copier, waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_beside, "LOOK_SECONDS", 0.05)
+    ask()
+    assert copier.asked.wait(PATIENCE)
+    copier.process.kill()
+    with pytest.raises(RuntimeError, match=r"ended while it copied one from the GPU \(exit -9\)"):
+        waiting.wait()
+
+
+def test_without_a_worker_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_preload_q", None)
+    waiting = Waiting()
+    waiting.install()
+    assert PersistentAsyncCaller._persistent_preload_q is None
+    waiting.wait()
+
+
+def test_a_copy_that_is_made_costs_nothing(copier: Copier) -> None:
+    beside = CopyBeside(copier.queue, copier.process)
+    copier.go_on.set()
+    beside.put(1)
+    beside.join()
+    assert beside.copying
+    beside.copying.join(PATIENCE)
+    assert beside.wait() < 0.05
+    assert beside.wait() == 0.0
