@@ -34,7 +34,7 @@ def loaded(*others: Path, home: str | None = None) -> tuple[str, list[str]]:
     environment |= {"PYTHONPATH": str(ROOT / "scripts")} | ({"CUDNN_HOME": home} if home else {})
     words = [sys.executable, "-c", PROGRAM, *map(str, others)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    found, *files = done.stdout.strip("\n").split("\n")
+    found, *files = done.stdout.removesuffix("\n").split("\n")
     return found, files
 
 
