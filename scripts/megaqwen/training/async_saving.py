@@ -45,8 +45,10 @@ def install() -> None:
 
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:
         model, optimizer, schedule = set_up(*words, **named)
-        COPY.install()
-        reserve_for(model, optimizer, get_args())
+        arguments = get_args()
+        if not arguments.fp8_param_gather:  # or the GPU would hold the weights twice in an iteration
+            COPY.install()
+        reserve_for(model, optimizer, arguments)
         return model, optimizer, schedule
 
     training.setup_model_and_optimizer = set_up_and_reserve
