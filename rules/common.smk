@@ -36,6 +36,8 @@ from megaqwen.submitted_jobs import (
 from megaqwen.training.attempts import check_retry, check_started
 from megaqwen.training.earlier_job import wait_for_earlier_jobs
 from megaqwen.training.launch import Allocation
+from megaqwen.training.trackers import check_installed
+from snakemake.settings.types import DeploymentMethod
 
 if command := own_command(sys.argv, os.environ):
     os.execvp("sh", ["sh", "-c", command])
@@ -353,24 +355,36 @@ def check_arrays(not_by_squeue):
         raise WorkflowError("this profile cannot run a sweep in arrays:", *mistakes)
 
 
-def check_gpu_packages():
-    """A training for which GPUs would wait in a queue, to fail on them, is refused before anything runs."""
-    if not train_setting("gpus_per_node", 0) or has_transformer_engine():
+def check_training_can_start():
+    """A training that would wait in a queue, to fail there, is refused before anything runs."""
+    if not any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
         return
-    # Either brings packages of its own.
-    if train_setting("container", "") or workflow.deployment_settings.deployment_method:
-        return
-    if any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
+    if workflow.non_local_exec and not train_setting("launcher", ""):
         raise WorkflowError(
-            "training on GPUs takes Transformer Engine, which is not installed here:"
-            f" {INSTALL_TRANSFORMER_ENGINE}, name a container in the profile, or set gpus_per_node: 0 there to"
-            " train on CPUs"
+            "nothing says how the ranks of training are started on the cluster (set-resources: train: launcher:"
+            " srun). --set-resources on the command line takes the place of all of the profile's: what you give"
+            " there goes into the profile"
         )
+    if train_setting("container", ""):  # it brings packages of its own
+        return
+    in_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    if train_setting("gpus_per_node", 0) and (in_conda or not has_transformer_engine()):
+        mend = "name a container in the profile, or set gpus_per_node: 0 there to train on CPUs"
+        here = f"which is not installed here: {INSTALL_TRANSFORMER_ENGINE}, {mend}"
+        words = f"of which conda's environment has none: {mend}" if in_conda else here
+        raise WorkflowError(f"training on GPUs takes Transformer Engine, {words}")
+    if in_conda:
+        return
+    try:
+        for name in RUNS.names:
+            check_installed(RUNS.layout(name).config.tracking)
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def start():
     """Before the first job: what is left of an earlier start is seen to, and the configs are stored."""
-    check_gpu_packages()
+    check_training_can_start()
     if workflow.non_local_exec:
         watch_slurm_jobs()
     if RUNS.is_sweep:

@@ -18,7 +18,11 @@ def test_fewer_gpus_than_ranks(seen: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpus, "has_transformer_engine", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "0")
-    check_gpus()
+    if seen:  # that nobody asked for, but they are there: Megatron would take them
+        with pytest.raises(InputError, match=r"ranks than the 7 .*ranks_per_node: 7.*tensor_model"):
+            check_gpus()
+    else:
+        check_gpus()
     monkeypatch.setenv("MEGAQWEN_GPUS_PER_NODE", "8")
     with pytest.raises(InputError, match=f"8 GPUs .*torch sees {seen or 'none'}.*at least 580"):
         check_gpus()

@@ -188,6 +188,20 @@ def no_corpus(checkout: Checkout) -> list[object]:
     return ["all", "--configfile", overlay(checkout, "corpus.yaml", data=data)]
 
 
+def no_tracker(checkout: Checkout) -> list[object]:
+    """Of MLflow a part is not to be found: `without_alembic`."""
+    tracking = {"mlflow_experiment": "curves"}
+    return ["all", "--configfile", overlay(checkout, "tracked.yaml", tracking=tracking)]
+
+
+def without_alembic(checkout: Checkout) -> dict[str, str]:
+    """The environment of a Python that has no such package."""
+    directory = checkout.directory / "without"
+    directory.mkdir(exist_ok=True)
+    (directory / "sitecustomize.py").write_text("import sys\nsys.modules['alembic'] = None\n")
+    return {"PYTHONPATH": str(directory)}
+
+
 @pytest.mark.parametrize(
     ("make", "message", "lines"),
     [
@@ -196,6 +210,7 @@ def no_corpus(checkout: Checkout) -> list[object]:
         (results_are_a_file, "occupied is a file: choose a directory", 6),
         (too_many_ranks, "train.global_batch_size", 40),
         (no_corpus, "corpus mine: no file matches 'absent/*.jsonl'", 40),
+        (no_tracker, "tracking.mlflow_experiment is 'curves', but alembic is not installed", 45),
     ],
 )
 def test_snakemake_refuses_before_anything_runs(
@@ -205,7 +220,8 @@ def test_snakemake_refuses_before_anything_runs(
     lines: int,
 ) -> None:
     try:
-        done = checkout.snakemake("--profile", "local", *make(checkout))
+        words = ("--profile", "local", *make(checkout))
+        done = checkout.snakemake(*words, environment=without_alembic(checkout))
     finally:
         if (checkout.directory / "moved.yaml").exists():
             (checkout.directory / "moved.yaml").rename(checkout.directory / "config/config.yaml")

@@ -4,10 +4,11 @@ sbatch and srun are recorders here: their arguments are the outcome. tests/slurm
 """
 
 import json
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,6 +39,18 @@ if name == "sbatch":
 if name == "srun":
     pathlib.Path("environment.json").write_text(json.dumps(dict(os.environ)))
     sys.exit(1)
+"""
+CONDA = f"""#!{sys.executable}
+import json, pathlib, sys
+words = sys.argv[1:]
+if words[0] == "--version":
+    print("conda 25.1.0")
+elif words[0] == "info":
+    print(json.dumps({{"conda_prefix": "/opt/conda", "platform": "linux-64"}}))
+elif words[0] == "config":
+    print(json.dumps({{"get": {{"channel_priority": "strict"}}}}))
+elif "create" in words:
+    pathlib.Path(words[words.index("--prefix") + 1], "conda-meta").mkdir(parents=True)
 """
 TOOLS = ("sbatch", "srun", "sacctmgr", "sinfo", "scontrol", "squeue", "sacct")
 PACKAGES = "packages"
@@ -213,8 +226,25 @@ def test_parity_over_two_nodes_has_a_gpu_of_each(checkout: Checkout) -> None:
 @pytest.mark.skipif(bool(find_spec("transformer_engine")), reason="Transformer Engine is here")
 def test_no_training_waits_for_gpus_to_fail_on_them(checkout: Checkout) -> None:
     (checkout.directory / "records.jsonl").write_text("")
-    said = snakemake(checkout, "train", environment={})
-    assert "takes Transformer Engine, which is not installed here: uv sync --extra gpu" in said, (
-        said
-    )
+    refused(checkout, (), "takes Transformer Engine, which is not installed here: uv sync --extra")
+
+
+def test_conda_has_nothing_for_gpus(checkout: Checkout) -> None:
+    conda = checkout.directory / "tools" / "conda"
+    conda.write_text(CONDA)
+    conda.chmod(0o755)
+    refused(checkout, ("--sdm", "conda"), "of which conda's environment has none: name a container")
+
+
+def test_the_command_line_takes_nothing_from_the_profile_unsaid(checkout: Checkout) -> None:
+    """Snakemake has the one or the other: training would be one of CPUs, in the default's memory."""
+    words = ("--set-resources", "parity_gate:mem_mb=470000")
+    refused(checkout, words, "how the ranks of training are started.* takes the place of all")
+
+
+def refused(checkout: Checkout, words: Sequence[str], why: str) -> None:
+    """Before any job is submitted."""
+    (checkout.directory / "records.jsonl").write_text("")
+    said = snakemake(checkout, "train", *words, environment={})
+    assert re.search(why, said), said
     assert not recorded(checkout, "sbatch")

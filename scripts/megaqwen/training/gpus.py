@@ -36,6 +36,13 @@ def check_gpus() -> None:
             " (nvidia-smi says which there is), and no CUDA_VISIBLE_DEVICES that hides them. With"
             " gpus_per_node: 0, training is on CPUs"
         )
+    if 0 < seen <= rank_from_environment().local_rank:
+        raise InputError(
+            f"{socket.gethostname()}: a rank trains on each GPU, and there are more ranks than the {seen}"
+            f" that torch sees: give as many (ranks_per_node: {seen} in profiles/local/config.yaml), with a"
+            " layout that they hold (tensor_model_parallel_size), or train on CPUs, which an empty"
+            " CUDA_VISIBLE_DEVICES does"
+        )
     if seen and not has_transformer_engine():
         raise InputError(
             f"{socket.gethostname()}: training on a GPU takes Transformer Engine, which is not installed:"
