@@ -148,6 +148,11 @@ def test_memory_is_reserved_where_there_is_something_to_save(
     async_saving.reserve_for(model, optimizer, arguments)
     # Weights, their copies and moments, on two ranks.
     assert found == [int(async_saving.MORE * ((2 + 4 + 8) * 8 // 2))]
-    monkeypatch.setattr(async_saving, "is_kept", lambda size: False)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(async_saving, "is_kept", lambda size, beside: asked.append((size, beside)))
+    async_saving.reserve_for(model, optimizer, arguments)
+    arguments.use_distributed_optimizer = True
     async_saving.reserve_for(model, optimizer, arguments)
     assert len(found) == 1
+    # Adam's state and its copy, which the distributed optimizer gathers of all ranks' shares.
+    assert [beside for _, beside in asked] == [0, 12 * 8]

@@ -146,6 +146,17 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
         ),
         ({"recompute_granularity": "full"}, "recompute_granularity", "needs train.recompute_meth"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1 is allowed"),
+        ({"async_save": True, "dist_ckpt_workers": 4}, "dist_ckpt_workers", "ckpt_assume_constant"),
+        (
+            {"moe_router_load_balancing_type": ["quantile_balancing"]},
+            "moe_router_load_balancing_type",
+            "a bias that a Qwen does not have",
+        ),
+        (
+            {"iterations_to_skip": [3], "pipeline_model_parallel_size": 2},
+            "iterations_to_skip",
+            "pipeline_model_parallel_size 1",
+        ),
         (
             {"seed": 2**32 - 100, "pipeline_model_parallel_size": 2},
             "seed",

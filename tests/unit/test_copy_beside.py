@@ -1,11 +1,13 @@
 """Training goes on beside a save's copy, and waits for it before weights change; with real processes."""
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 from megaqwen.training import copy_beside
@@ -87,7 +89,7 @@ def test_a_worker_that_ended_is_not_waited_for(
     ask()
     assert copier.asked.wait(PATIENCE)
     copier.process.kill()
-    with pytest.raises(RuntimeError, match=r"ended while it copied one from the GPU \(exit -9\)"):
+    with pytest.raises(RuntimeError, match=r"saves checkpoints ended \(exit -9;"):
         waiting.wait()
 
 
@@ -108,3 +110,31 @@ def test_a_copy_that_is_made_costs_nothing(copier: Copier) -> None:
     beside.copying.join(PATIENCE)
     assert beside.wait() < 0.05
     assert beside.wait() == 0.0
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_save_that_will_not_end_is_not_waited_for(
+    copier: Copier, monkeypatch: pytest.MonkeyPatch, blocking: bool
+) -> None:
+    """Megatron looks at what its worker told, and would for good."""
+    found = PersistentAsyncCaller.is_current_async_call_done
+    monkeypatch.setattr(PersistentAsyncCaller, "is_current_async_call_done", found)
+    copy_beside.watch_worker()
+    told = CONTEXT.Queue()
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_comp_q", told)
+    caller = PersistentAsyncCaller()
+    caller.process = copier.process
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert not caller.is_current_async_call_done(no_dist=True)
+        told.put(3)
+        assert caller.is_current_async_call_done(blocking=True, no_dist=True)
+        threading.Timer(0.3, copier.process.kill).start()
+        if not blocking:
+            copier.process.join()
+        with pytest.raises(RuntimeError, match="before it had saved one"):
+            caller.is_current_async_call_done(blocking=blocking, no_dist=True)
+    finally:
+        caller.process = None  # it would be told to end
+        torch.distributed.destroy_process_group()

@@ -19,6 +19,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "moe_router_load_balancing_type",
         "aux_loss and global_aux_loss are allowed",
     ),
+    ({"iterations_to_skip": [3]}, "iterations_to_skip", "tensor_model_parallel_size 1"),
 ]
 
 

@@ -36,6 +36,8 @@ NEEDS = (
     ("recompute_num_layers", "recompute_method"),
     ("recompute_modules", "recompute_granularity"),
     ("distribute_saved_activations", "recompute_method"),
+    ("dist_ckpt_workers", "async_save"),
+    ("dist_ckpt_workers", "ckpt_assume_constant_structure"),
 )
 EXCLUDE = (
     ("fp16", "bf16"),
@@ -103,6 +105,12 @@ def combination_mistakes(train: Train) -> Found:
     if train.get("recompute_granularity") == "full" and not all(how):
         text = "full needs train.recompute_method (uniform or block) and train.recompute_num_layers"
         yield "recompute_granularity", text
+    if "quantile_balancing" in train.get("moe_router_load_balancing_type", ()):
+        text = (
+            '"quantile_balancing" is given, but its router chooses experts by a bias that a Qwen does not'
+            " have: aux_loss, seq_aux_loss and global_aux_loss are allowed"
+        )
+        yield "moe_router_load_balancing_type", text
 
 
 def recomputed_mistakes(train: Train) -> Found:
@@ -166,6 +174,9 @@ def parallel_mistakes(train: Train) -> Found:
     context, sequence = train.get("context_parallel_size", 1), train.get("seq_length", 0)
     if min(tensor, pipeline, context) < 1 or sequence < 0:
         return
+    if train.get("iterations_to_skip") and pipeline > 1:
+        text = "needs train.pipeline_model_parallel_size 1: Megatron has all stages read what is skipped"
+        yield "iterations_to_skip", text
     if train.get("sequence_parallel") and tensor == 1:
         text = "true needs train.tensor_model_parallel_size of 2 or more: with 1, leave it out"
         yield "sequence_parallel", text

@@ -74,7 +74,7 @@ BY_NAME: dict[str, str] = {
         load_main_params_from_ckpt dist_ckpt_save_pre_mcore_014 dist_ckpt_optim_fully_reshardable
         strict_fsdp_dtensor_load dist_ckpt_strictness non_persistent_ckpt_type
         non_persistent_save_interval non_persistent_local_ckpt_algo replication replication_jump
-        replication_factor""",
+        replication_factor async_strategy use_persistent_ckpt_worker async_ckpt_use_cpu_shm""",
     RETAINED: "save_retain_interval",
     TRACKED: "wandb_project wandb_exp_name wandb_entity",
     LOGGED: "tensorboard_log_interval",
@@ -106,7 +106,8 @@ BY_NAME: dict[str, str] = {
         use_megatron_fsdp use_torch_fsdp2 init_model_with_meta_device data_parallel_sharding_strategy
         outer_dp_sharding_strategy enable_full_sharding_in_hsdp keep_fp8_transpose_cache
         suggested_communication_unit_size create_all_gather_group
-        tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards""",
+        tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards
+        moe_router_quantile_balancing_ema""",
 }
 BY_PREFIX: dict[str, str] = {
     "tokenizer_": TOKENIZER,

@@ -40,6 +40,12 @@ def found_mistakes(train: Train) -> Found:
             "true is given, but with data.kind sft gradients are averaged over tokens: leave it out"
         )
         yield "ddp_average_in_collective", text
+    if train.get("iterations_to_skip") and train.get("tensor_model_parallel_size", 1) > 1:
+        text = (
+            "needs train.tensor_model_parallel_size 1 with data.kind sft: Megatron has the first rank"
+            " alone read what is skipped, and the others would train on other conversations"
+        )
+        yield "iterations_to_skip", text
     balancing = train.get("moe_router_load_balancing_type", ())
     if "seq_aux_loss" in balancing:
         text = (

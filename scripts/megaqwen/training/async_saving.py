@@ -5,6 +5,7 @@ Megatron's worker process copies each tensor from the GPU to fresh memory while 
 a buffer of its own. Here the worker keeps the memory from save to save and has the driver lock its
 pages, which the GPU fills at 55 GB/s; it takes it while the first iterations run. It costs a rank as much
 host memory as its share of a checkpoint. Training goes on while it is filled: see copy_beside.py.
+That is all of a checkpoint but what the distributed optimizer gathers first: see `gathered_bytes`.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from megaqwen.training.copy_beside import COPY
+from megaqwen.training.copy_beside import COPY, watch_worker
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -55,6 +56,7 @@ def install() -> None:
 
     training.setup_model_and_optimizer = set_up_and_reserve
     training.finalize_model_grads = COPY.before(training.finalize_model_grads)
+    watch_worker()
 
 
 def reserve_for(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any) -> None:
@@ -62,17 +64,22 @@ def reserve_for(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any
     if not arguments.async_save or optimizer is None:
         return
     size = int(MORE * saved_bytes(model, optimizer, arguments))
-    fits = is_kept(size)
+    fits = is_kept(size, beside=gathered_bytes(model, arguments))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # none takes its own before all of the node have looked
     if fits:
         reserve(size)
 
 
-def is_kept(size: int) -> bool:
-    """Whether the host has memory for each rank of this node to keep so many bytes; it says if not."""
+def is_kept(size: int, beside: int = 0) -> bool:
+    """Whether the host has memory for each rank of this node to keep so many bytes; it says if not.
+
+    Args:
+        size: Bytes.
+        beside: Bytes that a rank takes for the time of a save.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if psutil.virtual_memory().available >= SPARE * size * ranks:
+    if psutil.virtual_memory().available >= (SPARE * size + beside) * ranks:
         return True
     logger.warning(
         "the host has too little memory to keep %.1f GiB a rank for saving: saves take longer",
@@ -97,6 +104,17 @@ def saved_bytes(model: Iterable[torch.nn.Module], optimizer: Any, arguments: Any
     if arguments.use_distributed_optimizer:
         return weights // ranks + states
     return (weights + states) // ranks
+
+
+def gathered_bytes(model: Iterable[torch.nn.Module], arguments: Any) -> int:
+    """What the distributed optimizer gathers on the host of each rank while it plans a save.
+
+    That is Adam's state and its copy in float32, of all weights that the rank has: Megatron's
+    `get_parameter_state_dp_zero`. Training stands still for it; the weights alone are copied beside.
+    """
+    if not arguments.use_distributed_optimizer:
+        return 0
+    return 3 * MASTER * sum(each.numel() for chunk in model for each in chunk.parameters())
 
 
 RESERVING: list[threading.Thread] = []

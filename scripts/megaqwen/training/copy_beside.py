@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 LOOK_SECONDS = 1.0  # between two looks at whether the worker is alive
+POLL_SECONDS = 0.1  # between two looks at whether a checkpoint is saved
 
 
 class Worker(Protocol):
@@ -56,12 +57,37 @@ class CopyBeside:
         while self.copying.is_alive():
             self.copying.join(LOOK_SECONDS)
             if self.copying.is_alive() and not self.worker.is_alive():
-                raise RuntimeError(
-                    "the process that saves checkpoints ended while it copied one from the GPU (exit "
-                    f"{self.worker.exitcode}): what it said is above; the checkpoint before is whole"
-                )
+                raise ended(self.worker)
         self.copying = None
         return time.monotonic() - began
+
+
+def ended(worker: Worker) -> RuntimeError:
+    """That there is no process any more that would save."""
+    return RuntimeError(
+        f"the process that saves checkpoints ended (exit {worker.exitcode}; -9 where memory ran out)"
+        " before it had saved one: training goes on from the one before"
+    )
+
+
+def watch_worker() -> None:
+    """Have Megatron's wait for a checkpoint end where its worker has ended: it would last for good."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    is_done = PersistentAsyncCaller.is_current_async_call_done
+
+    def is_done_or_never(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+        told = caller._persistent_comp_q
+        while caller.process and caller.cur_item is None and told.empty():
+            if not caller.process.is_alive() and told.empty():
+                raise ended(caller.process)
+            if not blocking:
+                break
+            time.sleep(POLL_SECONDS)
+        done: bool = is_done(caller, blocking, no_dist)
+        return done
+
+    PersistentAsyncCaller.is_current_async_call_done = is_done_or_never
 
 
 class Waiting:

@@ -39,8 +39,8 @@ def check_gpus() -> None:
     if 0 < seen <= rank_from_environment().local_rank:
         raise InputError(
             f"{socket.gethostname()}: a rank trains on each GPU, and there are more ranks than the {seen}"
-            f" that torch sees: give as many (ranks_per_node: {seen} in profiles/local/config.yaml), with a"
-            " layout that they hold (tensor_model_parallel_size), or train on CPUs, which an empty"
+            f" that torch sees: give as many (ranks_per_node: {seen} in profiles/local/config.yaml), with"
+            " a layout that they hold (tensor_model_parallel_size), or train on CPUs, which an empty"
             " CUDA_VISIBLE_DEVICES does"
         )
     if seen and not has_transformer_engine():
