@@ -10,6 +10,7 @@ from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.rank_options import nodes_for, ranks_of_layout, ranks_of_replica
 from megaqwen.data.files import FilesGone, corpus_files
+from megaqwen.data.gone import with_those_gone
 from megaqwen.environment import (
     INSTALL_TRANSFORMER_ENGINE,
     can_train_on_gpu,
@@ -192,7 +193,8 @@ def corpora_files(wildcards):
     layout = layout_of(wildcards)
     corpora = layout.config.data.corpora
     try:
-        return [path for corpus in corpora for path in corpus_files(corpus)]
+        found = [path for corpus in corpora for path in corpus_files(corpus)]
+        return with_those_gone(found, layout.data / "manifest.json")
     except InputError as error:
         if isinstance(error, FilesGone) and is_made(layout.data):
             return [error.pattern]

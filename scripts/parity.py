@@ -101,7 +101,7 @@ def parity(arguments: argparse.Namespace) -> None:
     )
     for gate in measured.gates:
         logger.info("%s %s", "passed" if gate.passed else "FAILED", gate)
-    for name, reason in found.unmeasured.items():
+    for name, reason in measured.unmeasured.items():
         logger.info("not measured: %s: %s", name, reason)
     if arguments.layers or measured.failed:
         for line in measured.tables():

@@ -14,7 +14,7 @@ from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.config.megatron_options import without_defaults
 from megaqwen.config.operational_options import OPERATIONAL
-from megaqwen.config.rank_options import PARALLEL, deciding
+from megaqwen.config.rank_options import OF_ONE_RUN, PARALLEL, deciding, taken
 from megaqwen.provenance import digest, read_json, write_json
 
 # Raise a stage's number when its result for the same config changes: old results are then redone.
@@ -23,7 +23,7 @@ RECIPE = {
     "convert": 2,
     "preprocess": 2,
     "gate": 4,
-    "parity": 7,
+    "parity": 8,
     "train": 2,
     "export": 1,
     "report": 3,
@@ -92,7 +92,9 @@ class Layout:
                 trained = without_defaults(deciding(config["train"]))
                 fields |= {"splits": splits, "train": trained}
             case "parity":
-                fields = {"parity": config["parity"]}
+                # And what of training the gate's verdict leaves out: it is then another one's.
+                other = without_defaults(taken(config["train"], OF_ONE_RUN))
+                fields = {"parity": config["parity"], **({"train": other} if other else {})}
             case "train":
                 order = {"weights": weights, "splits": splits, "seed": data["seed"], **too_long}
                 made_of = {"convert": self.stage_digest("convert")}

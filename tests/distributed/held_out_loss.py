@@ -55,13 +55,15 @@ def main() -> None:
             data=arguments.data,
             made=read_json(arguments.data / "manifest.json")["results"],
             trained=read_json(arguments.train_manifest)["results"],
+            after_training=True,
         )
         budget = float(samples) * sequence_length(config) * PASSES
         perplexity.positions_in_memory = lambda heads, most=int(positions): most
-        measured = perplexity.measure_perplexity(crossing, budget)
+        measured, unmeasured = perplexity.measure_perplexity(crossing, budget)
         assert measured is not None
         found[name] = {
             "measured": asdict(measured),
+            "unmeasured": unmeasured,
             "gates": {gate.name: gate.facts() for gate in perplexity_gates(measured)},
         }
     print(json.dumps(found))

@@ -59,8 +59,10 @@ def test_the_exported_model_has_the_loss_that_training_logged(
     assert found["two"]["measured"]["logged"] != logged  # of these two samples alone
     # Not one whole sample: the models are compared, and nothing is said of the training.
     assert set(found["none"]["gates"]) == {"perplexity"}
+    assert "parity.minutes is enough for 32 of" in found["none"]["unmeasured"]["trained loss"]
     assert found["none"]["measured"]["targets"] == 32
     assert set(found["too long"]["gates"]) == {"perplexity"}
+    assert "memory is enough for 48 of" in found["too long"]["unmeasured"]["trained loss"]
     assert found["too long"]["measured"]["targets"] == 48
 
 

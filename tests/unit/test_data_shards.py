@@ -168,6 +168,25 @@ def test_the_result_does_not_show_the_shards(
     assert {path.name for path in (tmp_path / "one" / "data").iterdir()} == names
 
 
+def test_a_file_that_grew_between_shards_is_refused(
+    tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    """The second shard would begin where the first one did not end."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(texts("a", 40)))
+    corpus = mixed(tmp_path, files=[str(path)])
+    shards = [tmp_path / name for name in ("0", "1")]
+    for index, directory in enumerate(shards):
+        directory.mkdir()
+        tokenize_part(corpus, tokenizer, directory, Shard(index=index, count=2))
+        with path.open("ab") as stream:
+            stream.write(json_lines(texts("b", 20)) if index == 0 else b"")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since shard 1 of 2 was read: tok"):
+        merge_parts(corpus, tokenizer, shards, tmp_path / "data")
+    assert not any((tmp_path / "data").iterdir())
+
+
 @pytest.mark.parametrize("file", [".bin", ".lengths", ".documents", ".counts.npy"])
 def test_a_full_disk_stops_a_shard(tokenizer: DocumentTokenizer, tmp_path: Path, file: str) -> None:
     """Also where no more is written than fits into a buffer, so that closing the file tells first."""

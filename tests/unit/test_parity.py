@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megaqwen.parity.comparing import Comparison, point_error
 from megaqwen.parity.gates import Gate, first_divergence, forward_gates, layers_gate, tensors_gate
 from megaqwen.parity.localization import likely_cause, table
 from megaqwen.parity.routing import OtherChoices, compare_routing, following, weights_of
-from megaqwen.parity.texts import cut_to_budget
+from megaqwen.parity.texts import FULL_LENGTH, cut_to_budget, why_cut
 from small_models import MODELS
 
 TOKENS = torch.arange(48) * 37 % 2500
@@ -230,3 +231,38 @@ def test_texts_are_cut_to_what_a_budget_affords() -> None:
     assert 16 <= len(cut["a"]) <= 590 and cut["b"] == texts["b"]
     assert sum(map(len, cut.values())) * 5 <= 3000
     assert len(cut_to_budget(texts, budget=1)["a"]) == 16
+
+
+def test_a_text_of_full_length_that_is_cut_is_told() -> None:
+    made = {"a": [1] * 40, FULL_LENGTH: [1] * 300}
+
+    def told(tokens: int, full: int) -> dict[str, str]:
+        return why_cut(made, {"a": [1] * 40, FULL_LENGTH: [1] * tokens}, full, 512)
+
+    assert told(300, 512) == {}  # the documents have no more
+    assert told(300, 300) == {FULL_LENGTH: "memory is enough for 300 of 512 tokens in one text"}
+    assert told(90, 512)[FULL_LENGTH].startswith("parity.minutes is enough for 90 of 512")
+    assert why_cut({"a": [1]}, {"a": [1]}, 1, 512) == {}
+
+
+def test_the_gates_on_logits_name_the_text_that_is_worst_in_each() -> None:
+    even = Comparison(
+        text="even",
+        positions=4,
+        max_difference=1.0,
+        mean_difference=0.1,
+        max_kl=0.0,
+        argmax_differences=0,
+        worst_position=1,
+        loss=1.0,
+        reference_loss=1.0,
+        null=0.0,
+        ties=0,
+        by_position=[],
+        pairs=[],
+    )
+    other = replace(even, text="other", max_difference=0.0, argmax_differences=2, loss=1.5)
+    details = {gate.name: gate.detail for gate in forward_gates([even, other], 1e-4)}
+    assert details["logits"].startswith("worst in even")
+    assert details["argmax"] == "most in other: 2 of 4"
+    assert details["loss"].startswith("most in other: Megatron 1.5")

@@ -4,6 +4,8 @@ Only the bodies of the stages are replaced (see checkout.py): the rules, their s
 Snakemake records of a job are the real ones.
 """
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +187,26 @@ def test_training_needs_no_corpus_that_is_tokenized(checkout: Checkout) -> None:
     assert checkout.plan("all", "--configfile", "base.yaml", file) == TRAIN
     done = checkout.snakemake("--profile", "local", "preprocess", "--configfile", "base.yaml")
     assert done.returncode != 0 and "data/*.jsonl" in done.stdout
+
+
+def test_training_needs_no_file_of_a_corpus_that_is_tokenized(checkout: Checkout) -> None:
+    """Of two that one pattern matches, one is gone: tokenized anew, training would begin anew."""
+    words = ("all", "--configfile", "base.yaml")
+    (manifest,) = (checkout.directory / "results/shared/data").glob("*/manifest.json")
+    made, when = json.loads(manifest.read_text()), manifest.stat()
+    files = [checkout.directory / "data" / name for name in ("a.jsonl", "b.jsonl")]
+    relative = [str(file.relative_to(checkout.directory)) for file in files]
+    sources = [{"path": path, "bytes": files[0].stat().st_size} for path in relative]
+    made["results"]["corpora"] = {"mine": {"sources": sources}}
+    manifest.write_text(json.dumps(made))
+    os.utime(manifest, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert checkout.plan(*words) == set()
+    files[1].unlink()
+    assert checkout.plan(*words) == set()
+    then = files[0].stat()
+    files[0].write_text('{"text": "other"}\n')  # with the time of the one before
+    os.utime(files[0], ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert checkout.plan(*words) >= {"preprocess", "train"}
 
 
 def test_what_is_made_of_a_model_directory_stays_when_that_is_gone(checkout: Checkout) -> None:

@@ -75,6 +75,8 @@ SCHEDULE = (
     "lr_warmup_init",
     "train_iters",
 )
+OF_ONE_RUN = ("lr_decay_style", "context_parallel_size")
+"""What changes a verdict before training and is no reason to train again."""
 
 
 def taken(train: Mapping[str, Any], *names: tuple[str, ...]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megaqwen.data.deduplication import first_occurrences
 from megaqwen.data.files import corpus_files
 from megaqwen.data.joining import join, join_kept, kept_chunks, with_suffix
 from megaqwen.data.parts import SUFFIXES, TARGETS, TOKENS, written_suffixes
+from megaqwen.data.pieces import file_states
 from megaqwen.data.readers import too_many_bad
 from megaqwen.data.statistics import length_figures, unigram_entropy
 from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
@@ -53,10 +54,12 @@ def merge_parts(
         The corpus's card, and bytes and digest of the files.
 
     Raises:
-        InputError: No document has any text, too many cannot be used, or a part is damaged.
+        InputError: No document has any text, too many cannot be used, a part is damaged, or a file has
+            changed since it was read.
     """
     prefixes = [part / corpus.name for part in parts]
     facts = [read_json(with_suffix(prefix, ".part.json")) for prefix in prefixes]
+    check_states(corpus, facts)
     totals = {name: sum(fact[name] for fact in facts) for name in SUMMED}
     check_totals(corpus, totals, facts)
     types = dict(zip(written_suffixes(tokenizer), dtypes(tokenizer), strict=False))
@@ -201,6 +204,19 @@ def engine_of(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return engines[0]
     share = f"tokenizers for {len(slower)} of {counted(len(engines), 'shard')}"
     return {"name": "gigatoken and tokenizers", "reason": f"{share}: {slower[0]['reason']}"}
+
+
+def check_states(corpus: Corpus, facts: list[dict[str, Any]]) -> None:
+    """InputError where a part read other files than there are now: text would be doubled or left out."""
+    now = file_states(corpus)
+    for number, fact in enumerate(facts, start=1):
+        then = fact["states"]
+        changed = sorted(path for path in now.keys() | then if now.get(path) != then.get(path))
+        if changed:
+            raise InputError(
+                f"corpus {corpus.name}: {changed[0]} has changed since shard {number} of {len(facts)} was"
+                " read: tokenize all of them again (snakemake -R preprocess) when it stays as it is"
+            )
 
 
 def describe_sources(corpus: Corpus, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from megaqwen.config.sections import Corpus, FilesCorpus
 from megaqwen.data.chats import encode_conversations, sample_turns
 from megaqwen.data.documents import encode_documents
 from megaqwen.data.engines import Differs, Engine, WatchedEngine, choose_engine, slower_engine
-from megaqwen.data.pieces import Shard
+from megaqwen.data.pieces import Shard, file_states
 from megaqwen.data.readers import Intake, sample_texts
 from megaqwen.data.threads import ahead
 from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
@@ -59,6 +59,7 @@ def tokenize_with(
     engine: Engine, corpus: Corpus, tokenizer: DocumentTokenizer, directory: Path, shard: Shard
 ) -> None:
     """`tokenize_part` by one engine; files that are there are written anew."""
+    states = file_states(corpus)
     tolerated = corpus.max_bad_documents if isinstance(corpus, FilesCorpus) else 0
     intake = Intake(corpus.name, tolerated)
     suffixes = written_suffixes(tokenizer)
@@ -92,6 +93,7 @@ def tokenize_with(
         "bad_documents": intake.bad,
         "bad_named": intake.named,
         "engine": {"name": engine.name, "reason": engine.reason},
+        "states": states,
         "digests": {str(path): digest for path, digest in intake.digests.items()},
         "files": {
             suffix: stream.facts() for suffix, (_, stream) in zip(suffixes, outputs, strict=True)

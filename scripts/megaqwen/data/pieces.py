@@ -9,7 +9,7 @@ of Parquet files are looked at, so that a plan costs nothing and is the same whe
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaqwen.config.sections import FilesCorpus
+from megaqwen.config.sections import Corpus, FilesCorpus
 from megaqwen.data.files import Format, compression_of, corpus_files, file_format
 from megaqwen.errors import InputError
 
@@ -59,6 +59,12 @@ class Piece:
     def whole(self) -> bool:
         """Whether it is all of the file."""
         return self.start == 0 and self.stop is None
+
+
+def file_states(corpus: Corpus) -> dict[str, list[int]]:
+    """Bytes and time of change (seconds) of each of a corpus's files, by path: shards are cut by them."""
+    found = ((path, path.stat()) for path in corpus_files(corpus))
+    return {str(path): [state.st_size, int(state.st_mtime)] for path, state in found}
 
 
 def corpus_pieces(corpus: FilesCorpus, shard: Shard = WHOLE) -> list[Piece]:

@@ -1,5 +1,6 @@
 """The gates on training's dtype: Megatron's error in it, in units of transformers' own."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,10 @@ from megaqwen.parity.reference import Sequences, outputs_of
 from megaqwen.weights import HuggingFaceWeights
 
 DTYPE_THRESHOLD = THRESHOLDS["bfloat16"]
+DEVIATIONS = 1.4826
+"""A normal distribution's standard deviation in units of its median deviation."""
+WORST = 3.0
+"""How many times the threshold one sequence may have."""
 
 
 def hold_dtypes(
@@ -81,10 +86,10 @@ def hold_dtype(
     gate = Gate(
         name=name,
         statistic=f"error of the logits in {dtype} against float32 in units of transformers' own"
-        f"{unit}, less what may be chance",
+        f"{unit}, less what may be chance, over {len(ratios[-1])} x {exact[-1][0].shape[0]} tokens",
         value=least,
         threshold=threshold,
-        detail=f"{ratio:.3g} times over {len(ratios[-1])} sequences, chance included;"
+        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence;"
         f" the first beyond it: {first}",
     )
     return gate, ratios[-1]
@@ -99,7 +104,14 @@ def error_ratio(exact: Tensor, reference: Tensor, other: Tensor) -> float:
 
 
 def mean_and_least(ratios: Sequence[float]) -> tuple[float, float]:
-    """The geometric mean, and what is left of it two standard errors below."""
+    """The geometric mean of sequences' ratios, and what is left of it when chance is taken off.
+
+    That is two standard errors, by the median deviation, which a few wrong sequences do not widen; and
+    no less than the worst sequence's share that a healthy model's does not reach.
+    """
     logarithms = torch.tensor(ratios, dtype=torch.float64).log()
-    mean, error = logarithms.mean(), logarithms.std() / len(ratios) ** 0.5
-    return float(mean.exp()), float((mean - 2 * error).exp())
+    mean = logarithms.mean()
+    deviation = (logarithms - logarithms.quantile(0.5)).abs().quantile(0.5)
+    least = mean - 2 * DEVIATIONS * deviation / len(ratios) ** 0.5
+    worst = logarithms.max() - math.log(WORST)
+    return float(mean.exp()), float(torch.maximum(least, worst).exp())

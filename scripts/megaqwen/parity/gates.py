@@ -75,6 +75,8 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
     kl, where_kl = worst("max_kl")
     allowed = max(max_logit_difference, NULLS * max(item.null for item in comparisons))
     argmax = sum(item.argmax_differences for item in comparisons)
+    most = max(comparisons, key=lambda item: item.argmax_differences)
+    furthest = max(comparisons, key=lambda item: nan_is_worst(abs(item.loss - item.reference_loss)))
     positions = sum(item.positions - 1 for item in comparisons)
     gap = sum((item.loss - item.reference_loss) * (item.positions - 1) for item in comparisons)
     return [
@@ -97,7 +99,7 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
             statistic="positions with another likeliest token",
             value=argmax,
             threshold=0,
-            detail=where,
+            detail=f"most in {most.text}: {most.argmax_differences} of {most.positions}",
         ),
         Gate(
             name="kl",
@@ -111,7 +113,8 @@ def forward_gates(comparisons: Sequence[Comparison], max_logit_difference: float
             statistic="difference of the mean losses in nats per token",
             value=abs(gap / positions),
             threshold=LOSS_THRESHOLD,
-            detail=where,
+            detail=f"most in {furthest.text}: Megatron {furthest.loss:.6f}, transformers"
+            f" {furthest.reference_loss:.6f}",
         ),
     ]
 

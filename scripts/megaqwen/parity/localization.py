@@ -39,6 +39,7 @@ BY_POINT = {
     "final norm": "the weight or epsilon of the final norm, or a layer that is missing",
 }
 HEAD = "the output head: tied or not, its rows, or its padding"
+LONGER = "what shows in longer or packed text alone: positions, the mask, or the scaling of rope"
 
 
 def likely_cause(gates: Sequence[Gate], points: Sequence[PointError]) -> str:
@@ -49,6 +50,10 @@ def likely_cause(gates: Sequence[Gate], points: Sequence[PointError]) -> str:
     first = first_divergence(points)
     if first:
         return BY_POINT[first.point]
+    if [gate.name for gate in gates if not gate.passed and gate.name not in BY_RANKS] == [
+        "perplexity"
+    ]:
+        return LONGER
     # The first gate that failed: a mistake in a gradient spoils the steps as well.
     causes = [BY_RANKS[gate.name] for gate in gates if not gate.passed and gate.name in BY_RANKS]
     on_one_rank = any(not gate.passed and gate.name not in BY_RANKS for gate in gates)

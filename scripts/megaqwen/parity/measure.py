@@ -37,6 +37,7 @@ from megaqwen.parity.texts import (
     positions_in_memory,
     prompts,
     tokenized_texts,
+    why_cut,
 )
 from megaqwen.parity.walk import EXACT, REFERENCE, Walk, walk
 from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
@@ -64,6 +65,8 @@ class Measured:
     """What each part took."""
     held: RankGates | None = None
     """What took ranks; None where they were not asked."""
+    unmeasured: dict[str, str]
+    """Gates, and texts of full length, that there are no figures of, and why."""
 
     @property
     def failed(self) -> list[Gate]:
@@ -89,6 +92,7 @@ class Measured:
             "perplexity": asdict(self.perplexity) if self.perplexity else None,
             "continuations": self.continuations,
             **({"ranks": self.held.facts()} if self.held else {}),
+            "unmeasured": self.unmeasured,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
 
@@ -143,14 +147,12 @@ def measure(
 
     added = config.parity.generated_tokens
     limit = min(config.parity.max_tokens, weights.config["max_position_embeddings"])
-    full = min(
-        sequence_length(config),
-        weights.config["max_position_embeddings"],
-        positions_in_memory(weights.config["num_attention_heads"]),
-    )
-    texts = tokenized_texts(model, data, config, limit, full)
+    wanted = min(sequence_length(config), weights.config["max_position_embeddings"])
+    full = min(wanted, positions_in_memory(weights.config["num_attention_heads"]))
+    made_texts = tokenized_texts(model, data, config, limit, full)
     budget = config.parity.minutes * 60 * operations_per_second() / (2 * parameters_met(weights))
-    texts = cut_to_budget(texts, WALK_SHARE * budget)
+    texts = cut_to_budget(made_texts, WALK_SHARE * budget)
+    unmeasured = why_cut(made_texts, texts, full, wanted)
     reference = HuggingFaceLayers(weights, torch.float32)
     continued = timed(
         "generation",
@@ -186,15 +188,18 @@ def measure(
             data=data,
             made=made,
             trained=trained or {},
+            after_training=rounded,
         )
         share = (1 - WALK_SHARE) * budget
-        perplexity = timed("perplexity", lambda: measure_perplexity(crossing, share))
+        perplexity, reasons = timed("perplexity", lambda: measure_perplexity(crossing, share))
+        unmeasured |= reasons
         found += perplexity_gates(perplexity)
     held = None
     if ranks:
         held = timed("against ranks", lambda: hold_against(ranks, model, weights, transfers, tie))
         found += held.gates
         seconds |= ranks.seconds
+        unmeasured |= ranks.unmeasured
     return Measured(
         gates=found,
         walk=walked,
@@ -202,6 +207,7 @@ def measure(
         continuations=continued,
         seconds=seconds,
         held=held,
+        unmeasured=unmeasured,
     )
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from megaqwen.config import Config
+from megaqwen.config.rank_options import number_format
 from megaqwen.parity.comparing import POSITIONS_AT_ONCE
 from megaqwen.parity.gates import LOSS_THRESHOLD, Gate
 from megaqwen.parity.heldout import (
+    Evaluated,
     Sample,
     heldout_samples,
     last_evaluation,
@@ -24,7 +26,7 @@ from megaqwen.parity.heldout import (
 )
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.parity.megatron import MegatronLayers
-from megaqwen.parity.texts import positions_in_memory
+from megaqwen.parity.texts import memory_for, positions_in_memory
 from megaqwen.parity.walk import OTHER, REFERENCE, FollowingLayers, Layers, through_layer
 from megaqwen.weights import HuggingFaceWeights
 
@@ -32,6 +34,7 @@ PASSES = 4
 """What it costs in passes of float32: two models, and one in training's dtype, which is slower."""
 LOGGED_THRESHOLD = 2e-5
 """Nats per token: Megatron sums an evaluation in float32."""
+TRAINED_LOSS = "trained loss"
 SHIFTS, STANDARD_ERRORS = 2.0, 4.0
 """How many times what rounding does to the mean loss in a narrower dtype, by its mean and its spread."""
 
@@ -79,7 +82,9 @@ class Crossing:
     made: Mapping[str, Any]
     """The results in its manifest."""
     trained: Mapping[str, Any]
-    """Those in training's; nothing before it."""
+    """Those in training's; nothing before it, and where nobody gave them."""
+    after_training: bool
+    """The Hugging Face model is an export."""
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -94,7 +99,9 @@ class Crossing:
         return MegatronLayers(self.checkpoint, self.recorded, vocabulary, length, rounded_to)
 
 
-def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
+def measure_perplexity(
+    crossing: Crossing, budget: float
+) -> tuple[Perplexity | None, dict[str, str]]:
     """The models' losses over held-out samples: after an export, those that training evaluated last.
 
     Args:
@@ -102,13 +109,16 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         budget: Tokens that a float32 model takes in the time that there is.
 
     Returns:
-        None where all documents are trained on.
+        What was measured, and by gate why it was not.
     """
     config, weights = crossing.config, crossing.weights
     evaluated = last_evaluation(crossing.trained) or planned_evaluation(config)
     length = sequence_length(config)
-    if evaluated is None or length > weights.config["max_position_embeddings"]:
-        return None
+    if evaluated is None:
+        return None, {"perplexity": "all documents are trained on"}
+    if length > (most := weights.config["max_position_embeddings"]):
+        return None, {"perplexity": f"train.seq_length {length} is more than the model's {most}"}
+    in_memory = positions_in_memory(weights.config["num_attention_heads"])
     samples = heldout_samples(
         evaluated,
         config,
@@ -116,7 +126,7 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         crossing.made,
         weights.config["vocab_size"],
         budget / PASSES,
-        positions_in_memory(weights.config["num_attention_heads"]),
+        in_memory,
     )
     expected, found = both_losses(
         HuggingFaceLayers(weights, torch.float32),
@@ -124,9 +134,7 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         samples,
         crossing.tie,
     )
-    whole = len(samples[-1].tokens) == length
-    # What FP8 rounds cannot be had here: nothing says how far its loss may be from this one.
-    logged = evaluated.logged(samples) if whole and not config.train.get("fp8") else None
+    logged, reason = logged_loss(evaluated, samples, crossing, budget / PASSES, in_memory)
     facts: dict[str, Any] = {
         "kind": evaluated.kind,
         "samples": len(samples),
@@ -135,7 +143,7 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         "loss": float(found.mean()),
     }
     if logged is None:
-        return Perplexity(**facts)
+        return Perplexity(**facts), {TRAINED_LOSS: reason} if reason else {}
     dtype = crossing.trained_dtype
     if crossing.rounded_to not in (torch.float32, dtype):
         # The export rounded what training had: its own weights gave the loss that it logged.
@@ -150,7 +158,36 @@ def measure_perplexity(crossing: Crossing, budget: float) -> Perplexity | None:
         shifts = token_losses(HuggingFaceLayers(weights, dtype), samples) - expected
         facts["shift"] = float(shifts.mean())
         facts["standard_error"] = float(shifts.std() / math.sqrt(len(shifts)))
-    return Perplexity(**facts)
+    return Perplexity(**facts), {}
+
+
+def logged_loss(
+    evaluated: Evaluated,
+    samples: Sequence[Sample],
+    crossing: Crossing,
+    affordable: float,
+    in_memory: int,
+) -> tuple[float | None, str]:
+    """What training logged over these samples, or why it is not known; no word before training."""
+    if not crossing.after_training:
+        return None, ""
+    dtype, length = number_format(crossing.config.train), sequence_length(crossing.config)
+    if dtype in ("fp8", "fp4"):
+        return None, f"how far the loss in {dtype} may be from that in float32 is not known here"
+    if (compared := len(samples[-1].tokens)) < length:
+        limit = "parity.minutes" if affordable < length else "this job's memory"
+        return None, (
+            f"{limit} is enough for {compared:,} of a sample's {length:,} tokens, and training told the"
+            f" losses of whole ones ({longest_memory(length, crossing):.0f} GB hold one)"
+        )
+    logged = evaluated.logged(samples)
+    told = evaluated.iteration is not None
+    return logged, f"training told no losses of {'these samples' if told else 'its last iteration'}"
+
+
+def longest_memory(length: int, crossing: Crossing) -> float:
+    """GB that a job takes for a text of so many positions."""
+    return memory_for(length, crossing.weights.config["num_attention_heads"]) / 1e9
 
 
 @torch.no_grad()
@@ -196,8 +233,7 @@ def head_losses(model: Layers, texts: Sequence[Sample], hidden: Sequence[Tensor]
 def perplexity_gates(found: Perplexity | None) -> list[Gate]:
     """The gate on the two models' mean losses, and that on the loss which training logged.
 
-    The second is left out before training, after one in FP8, where not even one whole sample is
-    affordable, and where training did not tell the losses of those that are.
+    The second is left out where `measure_perplexity` says why, and before training.
     """
     if found is None:
         return []
@@ -212,7 +248,7 @@ def perplexity_gates(found: Perplexity | None) -> list[Gate]:
         return [between]
     rounding = SHIFTS * abs(found.shift) + STANDARD_ERRORS * found.standard_error
     with_training = Gate(
-        name="trained loss",
+        name=TRAINED_LOSS,
         statistic=f"{found.kind} loss against what training logged, in nats per token",
         value=abs(found.evaluated_loss - found.logged),
         threshold=max(LOGGED_THRESHOLD, rounding),

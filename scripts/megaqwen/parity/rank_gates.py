@@ -68,7 +68,6 @@ class RankGates:
             "ranks": self.ranks.ranks,
             "layout": self.ranks.layout,
             "dtype": self.ranks.dtype,
-            "unmeasured": self.ranks.unmeasured,
             "peak_memory_bytes": self.ranks.peak_memory,
             "layers": rows(self.points),
             "dtype_ratios": self.dtype_ratios,

@@ -28,6 +28,7 @@ ATTENTION_BYTES = 24
 MEMORY_SHARE = 0.25
 """Of the memory that is available, for them."""
 PROMPT_TOKENS = 16
+FULL_LENGTH = "full length"
 
 
 def tokenized_texts(
@@ -67,7 +68,7 @@ def tokenized_texts(
         joined += list(chain.from_iterable(documents))
     texts = {name: tokens[:limit] for name, tokens in texts.items() if len(tokens) > 1}
     if len(joined) > limit:
-        texts["full length"] = joined[:full]
+        texts[FULL_LENGTH] = joined[:full]
     if not texts:
         raise InputError("parity.texts and the held-out documents have no text of two tokens")
     return texts
@@ -77,6 +78,11 @@ def positions_in_memory(heads: int) -> int:
     """How long a text may be, so that the plainest attention fits beside everything else."""
     memory = MEMORY_SHARE * free_memory()
     return int((memory / (ATTENTION_BYTES * heads)) ** 0.5)
+
+
+def memory_for(positions: int, heads: int) -> float:
+    """Bytes of free memory at which `positions_in_memory` allows a text."""
+    return positions**2 * ATTENTION_BYTES * heads / MEMORY_SHARE
 
 
 def chat_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -99,6 +105,25 @@ def cut_to_budget(texts: Mapping[str, list[int]], budget: float) -> dict[str, li
     while limit > LEAST_TOKENS and sum(min(len(ids), limit) for ids in texts.values()) > affordable:
         limit = max(LEAST_TOKENS, limit * 7 // 8)
     return {name: ids[:limit] for name, ids in texts.items()}
+
+
+def why_cut(
+    made: Mapping[str, list[int]], compared: Mapping[str, list[int]], full: int, wanted: int
+) -> dict[str, str]:
+    """By name of the text of full length, what it was cut to and why; {} where it was not.
+
+    Args:
+        made: What `tokenized_texts` made.
+        compared: The same after `cut_to_budget`.
+        full: Tokens that it could have, by memory.
+        wanted: Tokens of a sample in training.
+    """
+    if FULL_LENGTH not in made:
+        return {}
+    reached, had = len(compared[FULL_LENGTH]), len(made[FULL_LENGTH])
+    limit = "parity.minutes" if reached < had else "memory" if had == full < wanted else ""
+    words = f"{limit} is enough for {reached:,} of {wanted:,} tokens in one text"
+    return {FULL_LENGTH: words} if limit else {}
 
 
 def operations_per_second(size: int = 1024) -> float:

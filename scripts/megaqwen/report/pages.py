@@ -116,7 +116,7 @@ def parity_tables(manifests: Sequence[Manifest]) -> str:
             rows.append(
                 (results["crossing"], gate["name"], gate["statistic"], value, threshold, verdict)
             )
-        for name, reason in results.get("ranks", {}).get("unmeasured", {}).items():
+        for name, reason in results.get("unmeasured", {}).items():
             rows.append((results["crossing"], name, reason, "", "", "not measured"))
     return table(("after", "gate", "statistic", "value", "at most", "verdict"), rows)
 

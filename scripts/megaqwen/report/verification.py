@@ -46,13 +46,9 @@ def crossing_card(manifest: Manifest) -> dict[str, Any]:
         "peak_memory_gib": round(manifest["peak_memory_bytes"] / 2**30, 2),
         "positions": results["positions"],
         "gates": {gate["name"]: gate_card(gate) for gate in results["gates"]},
-        **ranks_card(results.get("ranks")),
+        **({"ranks": results["ranks"]["ranks"]} if "ranks" in results else {}),
+        "not_measured": results.get("unmeasured", {}),
     }
-
-
-def ranks_card(ranks: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Over how many ranks training's gates were measured, and which were not; nothing where none were."""
-    return {"ranks": ranks["ranks"], "not_measured": ranks["unmeasured"]} if ranks else {}
 
 
 def gate_card(gate: Mapping[str, Any]) -> dict[str, Any]:
