@@ -154,7 +154,8 @@ def rank_mistakes(train: Train, world_size: int) -> Iterator[tuple[str, str]]:
     product = f"tensor {tensor} x pipeline {pipeline} x context {context} = {copy}"
     if world_size % copy:
         text = f"{product} ranks hold one copy of the model, and {world_size} is not a multiple"
-        yield option, f"{text}: start {nearest_multiples(world_size, copy)} ranks"
+        near = nearest_multiples(world_size, copy)
+        yield option, f"{text}: start {near} ranks, or set it to less"
         return
     if world_size % expert_copy:
         expert = train.get("expert_model_parallel_size", 1)
