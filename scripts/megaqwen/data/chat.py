@@ -3,7 +3,8 @@
 What is trained on are the assistant's turns: all that the template writes after `<|im_start|>assistant`
 and its newline, which is what generation is prompted with, up to `<|im_end|>`, which is trained on too.
 So thinking blocks and tool calls are trained on as the template renders them; where Qwen3's leaves the
-thinking of earlier turns out, it is in no target.
+thinking of earlier turns out, it is in no target. Thinking that the last turn lacks is refused, and so
+is a content that the template would take apart at </think> and not write whole.
 
 Turns are told by the special tokens that the template itself writes. The same characters in a message
 are kept apart from them: before rendering, a character that Unicode keeps out of texts is put into them,
@@ -21,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megaqwen.data.conversations import REASONING, Conversation, Message
 from megaqwen.data.records import usable
+from megaqwen.data.thinking import CLOSE, OPEN, block_of
 from megaqwen.errors import InputError
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -55,7 +57,7 @@ class ChatTemplate:
     """Of conversations for which the template was seen to write the assistant's words, and nothing
     else of theirs, where they are looked for."""
     shown: dict[str, bool] = field(default_factory=dict)
-    """Whether the template was seen to write a field of reasoning."""
+    """Whether the template was seen to write reasoning that stands in a field, or in the content."""
 
     def spans(self, conversation: Conversation) -> list[Span]:
         """The conversation as the template renders it, cut at special tokens and at targets.
@@ -74,8 +76,7 @@ class ChatTemplate:
             messages, tools = with_texts(messages, guard), with_texts(tools, guard)
         text = usable(self.render(messages, tools), "as rendered")
         spans = cut(text, tokens)
-        said = [message for message in messages if message["role"] == "assistant"]
-        self.check_turns(spans, said)
+        self.check_turns(spans, messages)
         self.check_shape(messages, tools, spans)
         if break_up is None:
             return spans
@@ -97,26 +98,59 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses it: {error}") from error
         return str(rendered[0][0])
 
-    def check_turns(self, spans: Sequence[Span], said: Sequence[Message]) -> None:
+    def check_turns(self, spans: Sequence[Span], messages: Sequence[Message]) -> None:
         """InputError unless each of the assistant's messages is a turn that has words, and its own."""
         turns = targets(spans)
+        said = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(said):
             raise InputError(
                 f"the model's chat template renders {len(turns)} turns of the assistant for"
                 f" {len(said)} messages: as {START}{HEADER!r} is expected, one for each"
             )
         for number, (turn, message) in enumerate(zip(turns, said, strict=True), start=1):
+            where = f"the assistant's turn {number}"
+            if CLOSE in message["content"]:
+                self.check_thinking(message, turn, message is messages[-1], where)
             for words in own_words(message):
                 if words not in turn:
                     raise InputError(
-                        f"the assistant's turn {number} as the model's chat template renders it"
+                        f"{where} as the model's chat template renders it"
                         f" lacks its words {words[:60]!r}"
                     )
             if not turn.removesuffix(END).strip():
                 raise InputError(
-                    f"the assistant's turn {number} is empty as the model's chat template renders it,"
+                    f"{where} is empty as the model's chat template renders it,"
                     " perhaps without its thinking: the assistant would learn to say nothing"
                 )
+
+    def check_thinking(self, message: Message, turn: str, last: bool, where: str) -> None:
+        """InputError where the template takes a content apart at </think> and does not write it whole.
+
+        The thinking of a turn that is not the last may be left out, by a template that writes it there.
+        """
+        content = message["content"]
+        fields = [name for name in REASONING if message.get(name)]
+        if fields and content.lstrip().startswith(OPEN):
+            raise InputError(
+                f"{where} has thinking in its content and in {fields[0]!r}, and would think twice:"
+                " leave one of them out"
+            )
+        if content.strip() in turn:
+            return
+        try:
+            thinking = block_of(content)
+            if thinking and not (self.shows("content") and (thinking in turn or not last)):
+                raise InputError(f"leaves out the thinking {thinking[:60]!r}")
+        except InputError as error:
+            move = (
+                "move the thinking to reasoning_content, or put an empty one beside a content that only"
+                " mentions the tags; or "
+            )
+            raise InputError(
+                f"{where}: the model's chat template takes its content apart at {CLOSE}, and {error}:"
+                f" {move if self.shows('reasoning_content') else ''}use a chat template that writes"
+                " the content as it is"
+            ) from error
 
     def check_reasoning(self, messages: Sequence[Message]) -> None:
         """InputError where reasoning stands in a field that the template never writes, not even last."""
@@ -128,11 +162,17 @@ class ChatTemplate:
                 )
 
     def shows(self, name: str) -> bool:
-        """Whether the template writes a field of the assistant's last message."""
+        """Whether the template writes the reasoning in a field of the assistant's last message.
+
+        In the content it stands as a block.
+        """
         if name not in self.shown:
-            answer = {"role": "assistant", "content": "Answer.", name: "Reasons of the assistant."}
+            reasons = "Reasons of the assistant."
+            answer = {"role": "assistant", "content": "Answer.", name: reasons}
+            if name == "content":
+                answer[name] = f"{OPEN}\n{reasons}\n{CLOSE}\n\nAnswer."
             rendered = self.render([{"role": "user", "content": "Question?"}, answer], None)
-            self.shown[name] = answer[name] in rendered
+            self.shown[name] = reasons in rendered
         return self.shown[name]
 
     def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
@@ -209,7 +249,7 @@ def targets(spans: Sequence[Span]) -> list[str]:
 def own_words(message: Message) -> list[str]:
     """What of a message stands in its turn whatever the template: not its thinking, nor white space."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    return [message["content"].split("</think>")[-1].strip(), *calls]
+    return [message["content"].split(CLOSE)[-1].strip(), *calls]
 
 
 def message_shape(message: Message) -> tuple[Any, ...]:
@@ -218,7 +258,7 @@ def message_shape(message: Message) -> tuple[Any, ...]:
     return (
         message["role"],
         bool(content),
-        "</think>" in content,
+        CLOSE in content,
         content.startswith("<tool_response>") and content.endswith("</tool_response>"),
         len(message.get("tool_calls", ())),
         *(name in message for name in REASONING),
