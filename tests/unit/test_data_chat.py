@@ -325,7 +325,7 @@ def test_targets_are_the_assistants_turns_and_nothing_else(
     """Of any conversation: seen from the ids, by means of their own, and turn by turn."""
     tokenizer = tokenizers[name]
     made, expected = masked(tokenizer, *records)
-    assert wrong_conversations(made, expected, tokenizer) == {}
+    assert wrong_conversations(made, expected, [0] * len(expected), tokenizer) == {}
     start, end = tokenizer.special_ids[START], tokenizer.special_ids[END]
     header = tokenizer.ids(["assistant\n"])[0]
     bounds = numpy.cumsum(made.lengths)[:-1]
@@ -388,9 +388,29 @@ def test_wrong_targets_are_found(
     size = int(made.lengths[0])
     flags = numpy.concatenate([made.targets[:size], damage(made.targets[size:])])
     wrong = wrong_conversations(
-        Masked(ids=made.ids, targets=flags, lengths=made.lengths), expected, tokenizer
+        Masked(ids=made.ids, targets=flags, lengths=made.lengths), expected, [0, 0], tokenizer
     )
     assert list(wrong) == [1] and reason in wrong[1]
+
+
+def test_prompts_are_no_targets(tokenizers: dict[str, ChatTokenizer]) -> None:
+    """Seen from the ids as well, which know turns alone: each conversation has its own prompt."""
+    tokenizer = tokenizers["qwen3"]
+    before = [user("Is it?"), assistant("It is."), user("Sure?")]
+    whole = {"messages": [*before, assistant("Yes.")]}
+    completion = {
+        "prompt": before,
+        "completion": [assistant("Yes."), user("No?"), assistant("No.")],
+    }
+    short = {"prompt": "Is it?", "completion": "It is."}
+    records = [completion, whole, {**completion, "system": "Be short."}, short, completion]
+    made, expected = masked(tokenizer, *records)
+    said = "Yes.<|im_end|><think>\n\n</think>\n\nNo.<|im_end|>"
+    assert expected[0] == expected[2] == expected[4] == said
+    assert expected[1].startswith("It is.<|im_end|>") and "It is.<|im_end|>" in expected[3]
+    assert wrong_conversations(made, expected, [1, 0, 1, 0, 1], tokenizer) == {}
+    wrong = wrong_conversations(made, expected, [1, 1, 0, 0, 1], tokenizer)
+    assert wrong == {1: "the targets are not its turns", 2: "the targets are not its turns"}
 
 
 ASIDE = CHATML.replace("{%- for", "{{ messages[-1]['content'] }}{%- for", 1)

@@ -130,6 +130,21 @@ def test_arguments_in_a_string_are_an_object() -> None:
     assert message["content"] == ""
 
 
+def test_a_completion_is_trained_on_and_its_prompt_is_not(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    """Whoever speaks in the prompt, and whatever is said there about training on it."""
+    prompt = turns("a", "b", "Is it?")
+    prompt[1]["weight"] = 0
+    record = {"prompt": prompt, "completion": turns("", "It is.", "Sure?", "Yes.")[1:]}
+    path = write(tmp_path / "a.jsonl", record, {**record, "system": "Be short."}, FORMS["messages"])
+    card, found = tokenized(corpus(path), tokenizer, tmp_path / "out")
+    said = "It is.<|im_end|>Yes.<|im_end|>"
+    assert [targets for _, targets in found] == [said, said, "It is.<|im_end|>"]
+    assert all("assistant\nb<|im_end|>" in text for text, _ in found[:2])
+    assert card["assistant_turns"] == 5
+
+
 def as_parquet(path: Path, table: pyarrow.Table) -> Path:
     parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=2)
     return path.with_suffix(".parquet")
@@ -219,6 +234,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "half a surrogate pair": (
         '{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
         "half a surrogate pair",
+    ),
+    "a completion in which the assistant is silent": (
+        {"prompt": turns("a", "b"), "completion": turns("c")},
+        "no message of the completion is the assistant's: there is nothing to train on",
     ),
     "a completion alone": ({"completion": "a"}, "no field"),
 }

@@ -2,6 +2,7 @@
 
 What is trained on are the assistant's turns: all that the template writes after `<|im_start|>assistant`
 and its newline, which is what generation is prompted with, up to `<|im_end|>`, which is trained on too.
+Where a completion has a prompt, the prompt's turns are not trained on.
 So thinking blocks and tool calls are trained on as the template renders them; where Qwen3's leaves the
 thinking of earlier turns out, it is in no target. Thinking that the last turn lacks is refused, and so
 is a content that the template would take apart at </think> and not write whole.
@@ -15,7 +16,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -76,8 +77,9 @@ class ChatTemplate:
             messages, tools = with_texts(messages, guard), with_texts(tools, guard)
         text = usable(self.render(messages, tools), "as rendered")
         spans = cut(text, tokens)
-        self.check_turns(spans, messages)
+        self.check_turns(spans, messages, conversation.prompt_turns)
         self.check_shape(messages, tools, spans)
+        spans = without_first(spans, conversation.prompt_turns)
         if break_up is None:
             return spans
         if f"\\u{ord(break_up):04x}" in text.lower():
@@ -98,7 +100,9 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses it: {error}") from error
         return str(rendered[0][0])
 
-    def check_turns(self, spans: Sequence[Span], messages: Sequence[Message]) -> None:
+    def check_turns(
+        self, spans: Sequence[Span], messages: Sequence[Message], prompt_turns: int
+    ) -> None:
         """InputError unless each of the assistant's messages is a turn that has words, and its own."""
         turns = targets(spans)
         said = [message for message in messages if message["role"] == "assistant"]
@@ -117,7 +121,7 @@ class ChatTemplate:
                         f"{where} as the model's chat template renders it"
                         f" lacks its words {words[:60]!r}"
                     )
-            if not turn.removesuffix(END).strip():
+            if number > prompt_turns and not turn.removesuffix(END).strip():
                 raise InputError(
                     f"{where} is empty as the model's chat template renders it,"
                     " perhaps without its thinking: the assistant would learn to say nothing"
@@ -232,6 +236,15 @@ def cut(text: str, tokens: re.Pattern[str]) -> list[Span]:
     if turn is not None:
         raise InputError("the model's chat template renders turns that do not end")
     return spans
+
+
+def without_first(spans: list[Span], count: int) -> list[Span]:
+    """Spans in which so many turns of the assistant, from the first, are no targets."""
+    changed = []
+    for span in spans:
+        changed.append(replace(span, target=False) if count else span)
+        count -= bool(count and span.target and span.special and span.text == END)
+    return changed
 
 
 def targets(spans: Sequence[Span]) -> list[str]:
