@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megaqwen.config.sections import BuiltinCorpus, FilesCorpus
-from megaqwen.data.files import corpus_files, file_format
+from megaqwen.data.files import FilesGone, corpus_files, file_format
 from megaqwen.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -62,6 +62,22 @@ def test_a_pattern_that_matches_nothing_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"corpus notes: no file matches 'c\*\.jsonl'") as error:
         corpus_files(corpus("*.jsonl", "c*.jsonl"))
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["deep/**/*.jsonl", "deep/er/*", "deep/er/z.jsonl"])
+def test_a_link_to_a_file_that_is_not_there_is_named(folder: Path, pattern: str) -> None:
+    """It was once a part of the corpus. A folder, or a link to one, is no file and is passed over."""
+    (folder / "deep" / "er" / "y.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "other").mkdir()
+    (folder / "deep" / "er" / "folder.jsonl").symlink_to(folder / "other")
+    assert names("deep/er/*") == ["deep/er/c.jsonl", "deep/er/y.jsonl"]
+    (folder / "deep" / "er" / "z.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(FilesGone) as error:
+        corpus_files(corpus(pattern))
+    told = (
+        "corpus notes: deep/er/z.jsonl, which '.*' matches, is a link to gone.jsonl, which does not"
+    )
+    assert error.match(told) and error.value.pattern == "deep/er/z.jsonl"
 
 
 def test_a_folder_is_refused_with_advice() -> None:

@@ -43,7 +43,7 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     exists as it stands is no pattern, whatever characters it has.
 
     Raises:
-        FilesGone: A pattern matches no file.
+        FilesGone: A pattern matches no file, or a link to one that is not there.
         InputError: The format of a file is unknown.
     """
     if isinstance(corpus, BuiltinCorpus):
@@ -74,6 +74,13 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
             f"corpus {corpus}: {pattern} is a folder: name its files, such as {path}/**/*.jsonl"
         )
     matches = sorted(Path(match) for match in glob.iglob(str(path), recursive=True))  # noqa: PTH207
+    for match in matches:
+        if is_broken_link(match):
+            raise FilesGone(
+                f"corpus {corpus}: {match}, which {pattern!r} matches, is a link to {match.readlink()}, "
+                "which does not exist: mend the link or remove it",
+                str(match),
+            )
     files = [match for match in matches if match.is_file()]
     if not files:
         raise FilesGone(
@@ -82,6 +89,17 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
             pattern,
         )
     return files
+
+
+def is_broken_link(path: Path) -> bool:
+    """Whether nothing is where a link leads; one that leads round in a circle of folders is none."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return path.is_symlink()
+    except OSError:
+        return False
+    return False
 
 
 def saved_files(corpus: str, directory: Path) -> list[Path]:
