@@ -119,6 +119,12 @@ def test_a_system_field_and_calls_of_sharegpt() -> None:
     assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
+def test_the_same_system_message_twice_is_one() -> None:
+    messages = [{"role": "system", "content": "Be short."}, *turns("a", "b")]
+    found = conversation_of({"system": "Be short.\n", "messages": messages}, None)
+    assert found.messages == messages
+
+
 def test_arguments_in_a_string_are_an_object() -> None:
     """A template would write the string once more as JSON."""
     call = {"function": {"name": "f", "arguments": '{"x": "é"}'}}
@@ -230,6 +236,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "tools that are no list": (
         {**GOOD, "tools": {"a": 1}},
         "tools is to be a list of JSON schemas",
+    ),
+    "two system messages": (
+        {
+            "system": "Be long.",
+            "messages": [{"role": "system", "content": "Be short."}, *turns("a", "b")],
+        },
+        "'system' says something else than message 1, which is the system's too: 'Be long.' and 'Be",
     ),
     "half a surrogate pair": (
         '{"messages": [{"role": "assistant", "content": "\\ud800"}]}',

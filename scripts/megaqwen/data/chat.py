@@ -29,6 +29,7 @@ from megaqwen.errors import InputError
 START, END = "<|im_start|>", "<|im_end|>"
 HEADER = "assistant\n"
 NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
+UNLIKELY = "unlikely_name_of_a_tool"
 SHAPES = 10_000  # of conversations that are remembered
 
 
@@ -58,7 +59,7 @@ class ChatTemplate:
     """Of conversations for which the template was seen to write the assistant's words, and nothing
     else of theirs, where they are looked for."""
     shown: dict[str, bool] = field(default_factory=dict)
-    """Whether the template was seen to write reasoning that stands in a field, or in the content."""
+    """Whether the template was seen to write tools, and reasoning in a field or in the content."""
 
     def spans(self, conversation: Conversation) -> list[Span]:
         """The conversation as the template renders it, cut at special tokens and at targets.
@@ -69,6 +70,7 @@ class ChatTemplate:
         messages: Any = conversation.messages
         tools: Any = conversation.tools
         self.check_reasoning(messages)
+        self.check_tools(tools)
         tokens = any_of(tuple(self.special_ids))
         break_up = None
         if holds([messages, tools], lambda text: tokens.search(text) is not None):
@@ -178,6 +180,23 @@ class ChatTemplate:
             rendered = self.render([{"role": "user", "content": "Question?"}, answer], None)
             self.shown[name] = reasons in rendered
         return self.shown[name]
+
+    def check_tools(self, tools: Any) -> None:
+        """InputError where a conversation has tools and the template leaves no trace of any."""
+        if tools and "tools" not in self.shown:
+            function = {"name": UNLIKELY, "description": "", "parameters": {"type": "object"}}
+            messages = [
+                {"role": "user", "content": "Question?"},
+                {"role": "assistant", "content": "Answer."},
+            ]
+            rendered = self.render(messages, [{"type": "function", "function": function}])
+            self.shown["tools"] = UNLIKELY in rendered
+        if tools and not self.shown["tools"]:
+            raise InputError(
+                "the model's chat template does not write 'tools', so that the assistant would learn to"
+                " call what it was not told of: use a template that does, such as that of the model's"
+                " Instruct version, or leave the tools out"
+            )
 
     def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
         """InputError unless only targets change, and in the right turns, when the assistant's words do.

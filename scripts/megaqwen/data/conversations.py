@@ -59,10 +59,16 @@ def conversation_of(record: Mapping[str, Any], field: str | None) -> Conversatio
         message_of(each, f"message {n}", trained=n > prompt)
         for n, each in enumerate(given, start=1)
     ]
-    system = record.get("system")
-    if system and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, message_of({"role": "system", "content": system}, "system"))
-        prompt += bool(prompt)
+    if record.get("system"):
+        system = message_of({"role": "system", "content": record["system"]}, "system")
+        if not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, system)
+            prompt += bool(prompt)
+        elif messages[0]["content"].strip() != system["content"].strip():
+            raise InputError(
+                "the field 'system' says something else than message 1, which is the system's too:"
+                f" {excerpt(system['content'])} and {excerpt(messages[0]['content'])}: leave one out"
+            )
     if not any(message["role"] == "assistant" for message in messages[prompt:]):
         what = "no message of the completion" if prompt else "no message"
         raise InputError(f"{what} is the assistant's: there is nothing to train on")
