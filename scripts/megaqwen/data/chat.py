@@ -13,22 +13,21 @@ and taken out afterwards. So they end no turn, and become no special token.
 """
 
 import functools
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megaqwen.data.conversations import REASONING, Conversation, Message
+from megaqwen.data.guarding import broken, holds, unused_character, with_texts
 from megaqwen.data.records import usable
 from megaqwen.data.thinking import CLOSE, OPEN, block_of
 from megaqwen.errors import InputError
 
 START, END = "<|im_start|>", "<|im_end|>"
 HEADER = "assistant\n"
-NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
 UNLIKELY = "unlikely_name_of_a_tool"
 SHAPES = 10_000  # of conversations that are remembered
 
@@ -302,35 +301,3 @@ def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that splits a text at tokens and keeps them."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-
-def broken(text: str, tokens: re.Pattern[str], character: str) -> str:
-    """A text in which no token stands any more."""
-    return tokens.sub(lambda found: f"{found[0][:1]}{character}{found[0][1:]}", text)
-
-
-def unused_character(value: Any) -> str:
-    """A character that no text of a value has."""
-    text = json.dumps(value, ensure_ascii=False)
-    for character in NONCHARACTERS:
-        if character not in text:
-            return character
-    raise InputError("it has every one of Unicode's noncharacters: leave it out")
-
-
-def holds(value: Any, test: Callable[[str], bool]) -> bool:
-    """Whether a text anywhere in a value passes a test."""
-    if isinstance(value, str):
-        return test(value)
-    if isinstance(value, Mapping):
-        return any(holds(key, test) or holds(each, test) for key, each in value.items())
-    return isinstance(value, list) and any(holds(each, test) for each in value)
-
-
-def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A value with every text in it changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(key): with_texts(each, change) for key, each in value.items()}
-    return [with_texts(each, change) for each in value] if isinstance(value, list) else value
