@@ -110,12 +110,32 @@ def test_auto_goes_by_the_name(name: str, expected: str) -> None:
     assert file_format(Path(name), corpus(name)) == expected
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a", "a.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a"])
 def test_an_unknown_extension_needs_a_format(name: str, folder: Path) -> None:
     (folder / name).touch()
     with pytest.raises(InputError, match=r"is unknown\. Known are \.jsonl, \.json, .*give the fo"):
         corpus_files(corpus(name))
     assert corpus_files(corpus(name, format="jsonl")) == [Path(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.jsonl.bz2", r"packed as \.bz2 are not read: unpack it, or pack it as \.gz or \.zst or"),
+        ("a.txt.LZ4", r"packed as \.lz4 are not read: unpack it"),
+        ("a.zip", r"packed as \.zip are not read: unpack it"),
+        ("a.tar.gz", r"packed as \.tar are not read: unpack it"),
+        ("a.jsonl.zstd", r"rename the file, to a\.jsonl\.zst$"),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "jsonl"])
+def test_a_file_that_is_packed_otherwise_is_refused_whatever_its_format(
+    name: str, advice: str, format: str, folder: Path
+) -> None:
+    (folder / name).touch()
+    with pytest.raises(InputError, match=advice) as error:
+        corpus_files(corpus(name, format=format))
+    assert "give the format" not in str(error.value)
 
 
 def test_a_compressed_parquet_file_is_refused(folder: Path) -> None:
