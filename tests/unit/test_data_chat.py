@@ -223,6 +223,8 @@ def test_thinking_that_the_last_turn_lacks_is_refused(
         assert "leaves out the thinking 'x y'" in refused(tokenizers["no thinking"], *turns)
     told = refused(tokenizers["qwen3"], assistant(BLOCK))
     assert told.startswith("the assistant's turn 1: ") and "leaves out the thinking 'x y'" in told
+    told = refused(tokenizers["qwen3"], assistant("<think>It</think>It is."))
+    assert "leaves out the thinking 'It'" in told, "the words after it are not it"
 
 
 def test_thinking_in_the_content_and_in_a_field_is_refused(

@@ -2,10 +2,10 @@
 
 What is trained on are the assistant's turns: all that the template writes after `<|im_start|>assistant`
 and its newline, which is what generation is prompted with, up to `<|im_end|>`, which is trained on too.
-Where a completion has a prompt, the prompt's turns are not trained on.
 So thinking blocks and tool calls are trained on as the template renders them; where Qwen3's leaves the
 thinking of earlier turns out, it is in no target. Thinking that the last turn lacks is refused, and so
-is a content that the template would take apart at </think> and not write whole.
+is a content that the template would take apart at </think> and not write whole. Where a completion has
+a prompt, the prompt's turns are not trained on.
 
 Turns are told by the special tokens that the template itself writes. The same characters in a message
 are kept apart from them: before rendering, a character that Unicode keeps out of texts is put into them,
@@ -143,8 +143,9 @@ class ChatTemplate:
         if content.strip() in turn:
             return
         try:
-            thinking = block_of(content)
-            if thinking and not (self.shows("content") and (thinking in turn or not last)):
+            thinking, words = block_of(content), own_words(message)[0]
+            before = turn.rpartition(words)[0] if words else turn
+            if thinking and not (self.shows("content") and (thinking in before or not last)):
                 raise InputError(f"leaves out the thinking {thinking[:60]!r}")
         except InputError as error:
             move = (
