@@ -1,9 +1,11 @@
-"""Chat templates of our own that do what Qwen2.5's and Qwen3's are known to do, for tests.
+"""Chat templates of our own that do what Qwen2.5's, Qwen3's and QwQ's are known to do, for tests.
 
-Both: tools are listed in the system turn, calls are <tool_call> blocks with JSON, results of tools that
+All: tools are listed in the system turn, calls are <tool_call> blocks with JSON, results of tools that
 follow one another share a turn of the user. Qwen2.5's has a system message where none is given, and knows
 no thinking. Qwen3's has none, and writes thinking only in turns after the last question of the user: an
-empty block in the last turn where there is none, and nothing in earlier ones.
+empty block in the last turn where there is none, and nothing in earlier ones. A content is taken apart at
+</think>, unless the thinking has a field of its own. QwQ's knows no such field, and writes the content of
+the last message as it is and of earlier ones what follows the last </think>.
 """
 
 TURNS = """\
@@ -63,8 +65,9 @@ QWEN3 = (
 {%- endfor %}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
-{%- set words = message.content.split('</think>')[-1].lstrip('\\n') %}
-{%- set parts = message.content.split('</think>') %}
+{%- set apart = message.reasoning_content is string %}
+{%- set parts = [message.content] if apart else message.content.split('</think>') %}
+{%- set words = parts[-1].lstrip('\\n') %}
 {%- set inline = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}
 {%- set thinking = (message.reasoning_content or inline or '').strip('\\n') %}
 {%- set shown = loop.index0 > state.question and (loop.last or thinking) %}
@@ -76,4 +79,12 @@ QWEN3 = (
 {%- endfor %}
 """
     + PROMPT
+)
+QWQ = QWEN25.replace(
+    "turn('assistant', message.content ~",
+    "turn('assistant', (message.content if loop.last else message.content.split('</think>')[-1]) ~",
+)
+NO_THINKING = QWEN25.replace(
+    "turn('assistant', message.content ~",
+    "turn('assistant', message.content.split('</think>')[-1] ~",
 )

@@ -119,6 +119,12 @@ def test_a_system_field_and_calls_of_sharegpt() -> None:
     assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
+def test_the_same_system_message_twice_is_one() -> None:
+    messages = [{"role": "system", "content": "Be short."}, *turns("a", "b")]
+    found = conversation_of({"system": "Be short.\n", "messages": messages}, None)
+    assert found.messages == messages
+
+
 def test_arguments_in_a_string_are_an_object() -> None:
     """A template would write the string once more as JSON."""
     call = {"function": {"name": "f", "arguments": '{"x": "é"}'}}
@@ -128,6 +134,21 @@ def test_arguments_in_a_string_are_an_object() -> None:
     message = conversation_of(given, None).messages[1]
     assert message["tool_calls"][0]["function"]["arguments"] == {"x": "é"}
     assert message["content"] == ""
+
+
+def test_a_completion_is_trained_on_and_its_prompt_is_not(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    """Whoever speaks in the prompt, and whatever is said there about training on it."""
+    prompt = turns("a", "b", "Is it?")
+    prompt[1]["weight"] = 0
+    record = {"prompt": prompt, "completion": turns("", "It is.", "Sure?", "Yes.")[1:]}
+    path = write(tmp_path / "a.jsonl", record, {**record, "system": "Be short."}, FORMS["messages"])
+    card, found = tokenized(corpus(path), tokenizer, tmp_path / "out")
+    said = "It is.<|im_end|>Yes.<|im_end|>"
+    assert [targets for _, targets in found] == [said, said, "It is.<|im_end|>"]
+    assert all("assistant\nb<|im_end|>" in text for text, _ in found[:2])
+    assert card["assistant_turns"] == 5
 
 
 def as_parquet(path: Path, table: pyarrow.Table) -> Path:
@@ -216,9 +237,20 @@ WRONG: dict[str, tuple[Any, str]] = {
         {**GOOD, "tools": {"a": 1}},
         "tools is to be a list of JSON schemas",
     ),
+    "two system messages": (
+        {
+            "system": "Be long.",
+            "messages": [{"role": "system", "content": "Be short."}, *turns("a", "b")],
+        },
+        "'system' says something else than message 1, which is the system's too: 'Be long.' and 'Be",
+    ),
     "half a surrogate pair": (
         '{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
         "half a surrogate pair",
+    ),
+    "a completion in which the assistant is silent": (
+        {"prompt": turns("a", "b"), "completion": turns("c")},
+        "no message of the completion is the assistant's: there is nothing to train on",
     ),
     "a completion alone": ({"completion": "a"}, "no field"),
 }

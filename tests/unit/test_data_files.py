@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megaqwen.config.sections import BuiltinCorpus, FilesCorpus
-from megaqwen.data.files import corpus_files, file_format
+from megaqwen.data.files import FilesGone, corpus_files, file_format
 from megaqwen.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -64,6 +64,22 @@ def test_a_pattern_that_matches_nothing_is_named(folder: Path) -> None:
     assert str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize("pattern", ["deep/**/*.jsonl", "deep/er/*", "deep/er/z.jsonl"])
+def test_a_link_to_a_file_that_is_not_there_is_named(folder: Path, pattern: str) -> None:
+    """It was once a part of the corpus. A folder, or a link to one, is no file and is passed over."""
+    (folder / "deep" / "er" / "y.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "other").mkdir()
+    (folder / "deep" / "er" / "folder.jsonl").symlink_to(folder / "other")
+    assert names("deep/er/*") == ["deep/er/c.jsonl", "deep/er/y.jsonl"]
+    (folder / "deep" / "er" / "z.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(FilesGone) as error:
+        corpus_files(corpus(pattern))
+    told = (
+        "corpus notes: deep/er/z.jsonl, which '.*' matches, is a link to gone.jsonl, which does not"
+    )
+    assert error.match(told) and error.value.pattern == "deep/er/z.jsonl"
+
+
 def test_a_folder_is_refused_with_advice() -> None:
     with pytest.raises(InputError, match=r"deep is a folder: .* deep/\*\*/\*\.jsonl"):
         corpus_files(corpus("deep"))
@@ -94,12 +110,32 @@ def test_auto_goes_by_the_name(name: str, expected: str) -> None:
     assert file_format(Path(name), corpus(name)) == expected
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a", "a.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a"])
 def test_an_unknown_extension_needs_a_format(name: str, folder: Path) -> None:
     (folder / name).touch()
     with pytest.raises(InputError, match=r"is unknown\. Known are \.jsonl, \.json, .*give the fo"):
         corpus_files(corpus(name))
     assert corpus_files(corpus(name, format="jsonl")) == [Path(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.jsonl.bz2", r"packed as \.bz2 are not read: unpack it, or pack it as \.gz or \.zst or"),
+        ("a.txt.LZ4", r"packed as \.lz4 are not read: unpack it"),
+        ("a.zip", r"packed as \.zip are not read: unpack it"),
+        ("a.tar.gz", r"packed as \.tar are not read: unpack it"),
+        ("a.jsonl.zstd", r"rename the file, to a\.jsonl\.zst$"),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "jsonl"])
+def test_a_file_that_is_packed_otherwise_is_refused_whatever_its_format(
+    name: str, advice: str, format: str, folder: Path
+) -> None:
+    (folder / name).touch()
+    with pytest.raises(InputError, match=advice) as error:
+        corpus_files(corpus(name, format=format))
+    assert "give the format" not in str(error.value)
 
 
 def test_a_compressed_parquet_file_is_refused(folder: Path) -> None:

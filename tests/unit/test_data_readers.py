@@ -229,6 +229,21 @@ def test_a_file_that_is_not_compressed_though_its_name_says_so(tmp_path: Path, s
     assert refusal(path).startswith(f"{path}: cannot be read: ")
 
 
+def test_a_file_that_was_packed_with_too_large_a_window(tmp_path: Path) -> None:
+    """It is whole: to get it again would help nobody."""
+
+    def packed(window: int) -> Path:
+        parameters = zstandard.ZstdCompressionParameters(window_log=window, write_content_size=0)
+        packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        content = packer.compress(b'{"text": "a"}') + packer.flush()
+        return write(tmp_path / f"{window}.jsonl.zst", content)
+
+    assert read(packed(27)) == ["a"]
+    told = refusal(packed(28))
+    assert told.startswith(f"{tmp_path}/28.jsonl.zst: ") and "get it again" not in told
+    assert told.endswith("unpack it, or pack it again without --long")
+
+
 def test_a_document_past_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LARGEST_DOCUMENT", 50)
     small = b'{"text": "a"}\n'

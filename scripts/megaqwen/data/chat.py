@@ -3,7 +3,9 @@
 What is trained on are the assistant's turns: all that the template writes after `<|im_start|>assistant`
 and its newline, which is what generation is prompted with, up to `<|im_end|>`, which is trained on too.
 So thinking blocks and tool calls are trained on as the template renders them; where Qwen3's leaves the
-thinking of earlier turns out, it is in no target.
+thinking of earlier turns out, it is in no target. Thinking that the last turn lacks is refused, and so
+is a content that the template would take apart at </think> and not write whole. Where a completion has
+a prompt, the prompt's turns are not trained on.
 
 Turns are told by the special tokens that the template itself writes. The same characters in a message
 are kept apart from them: before rendering, a character that Unicode keeps out of texts is put into them,
@@ -11,21 +13,22 @@ and taken out afterwards. So they end no turn, and become no special token.
 """
 
 import functools
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megaqwen.data.conversations import REASONING, Conversation, Message
+from megaqwen.data.guarding import broken, holds, unused_character, with_texts
 from megaqwen.data.records import usable
+from megaqwen.data.thinking import CLOSE, OPEN, block_of
 from megaqwen.errors import InputError
 
 START, END = "<|im_start|>", "<|im_end|>"
 HEADER = "assistant\n"
-NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
+UNLIKELY = "unlikely_name_of_a_tool"
 SHAPES = 10_000  # of conversations that are remembered
 
 
@@ -55,7 +58,7 @@ class ChatTemplate:
     """Of conversations for which the template was seen to write the assistant's words, and nothing
     else of theirs, where they are looked for."""
     shown: dict[str, bool] = field(default_factory=dict)
-    """Whether the template was seen to write a field of reasoning."""
+    """Whether the template was seen to write tools, and reasoning in a field or in the content."""
 
     def spans(self, conversation: Conversation) -> list[Span]:
         """The conversation as the template renders it, cut at special tokens and at targets.
@@ -66,6 +69,7 @@ class ChatTemplate:
         messages: Any = conversation.messages
         tools: Any = conversation.tools
         self.check_reasoning(messages)
+        self.check_tools(tools)
         tokens = any_of(tuple(self.special_ids))
         break_up = None
         if holds([messages, tools], lambda text: tokens.search(text) is not None):
@@ -74,9 +78,9 @@ class ChatTemplate:
             messages, tools = with_texts(messages, guard), with_texts(tools, guard)
         text = usable(self.render(messages, tools), "as rendered")
         spans = cut(text, tokens)
-        said = [message for message in messages if message["role"] == "assistant"]
-        self.check_turns(spans, said)
+        self.check_turns(spans, messages, conversation.prompt_turns)
         self.check_shape(messages, tools, spans)
+        spans = without_first(spans, conversation.prompt_turns)
         if break_up is None:
             return spans
         if f"\\u{ord(break_up):04x}" in text.lower():
@@ -97,26 +101,62 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses it: {error}") from error
         return str(rendered[0][0])
 
-    def check_turns(self, spans: Sequence[Span], said: Sequence[Message]) -> None:
+    def check_turns(
+        self, spans: Sequence[Span], messages: Sequence[Message], prompt_turns: int
+    ) -> None:
         """InputError unless each of the assistant's messages is a turn that has words, and its own."""
         turns = targets(spans)
+        said = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(said):
             raise InputError(
                 f"the model's chat template renders {len(turns)} turns of the assistant for"
                 f" {len(said)} messages: as {START}{HEADER!r} is expected, one for each"
             )
         for number, (turn, message) in enumerate(zip(turns, said, strict=True), start=1):
+            where = f"the assistant's turn {number}"
+            if CLOSE in message["content"]:
+                self.check_thinking(message, turn, message is messages[-1], where)
             for words in own_words(message):
                 if words not in turn:
                     raise InputError(
-                        f"the assistant's turn {number} as the model's chat template renders it"
+                        f"{where} as the model's chat template renders it"
                         f" lacks its words {words[:60]!r}"
                     )
-            if not turn.removesuffix(END).strip():
+            if number > prompt_turns and not turn.removesuffix(END).strip():
                 raise InputError(
-                    f"the assistant's turn {number} is empty as the model's chat template renders it,"
+                    f"{where} is empty as the model's chat template renders it,"
                     " perhaps without its thinking: the assistant would learn to say nothing"
                 )
+
+    def check_thinking(self, message: Message, turn: str, last: bool, where: str) -> None:
+        """InputError where the template takes a content apart at </think> and does not write it whole.
+
+        The thinking of a turn that is not the last may be left out, by a template that writes it there.
+        """
+        content = message["content"]
+        fields = [name for name in REASONING if message.get(name)]
+        if fields and content.lstrip().startswith(OPEN):
+            raise InputError(
+                f"{where} has thinking in its content and in {fields[0]!r}, and would think twice:"
+                " leave one of them out"
+            )
+        if content.strip() in turn:
+            return
+        try:
+            thinking, words = block_of(content), own_words(message)[0]
+            before = turn.rpartition(words)[0] if words else turn
+            if thinking and not (self.shows("content") and (thinking in before or not last)):
+                raise InputError(f"leaves out the thinking {thinking[:60]!r}")
+        except InputError as error:
+            move = (
+                "move the thinking to reasoning_content, or put an empty one beside a content that only"
+                " mentions the tags; or "
+            )
+            raise InputError(
+                f"{where}: the model's chat template takes its content apart at {CLOSE}, and {error}:"
+                f" {move if self.shows('reasoning_content') else ''}use a chat template that writes"
+                " the content as it is"
+            ) from error
 
     def check_reasoning(self, messages: Sequence[Message]) -> None:
         """InputError where reasoning stands in a field that the template never writes, not even last."""
@@ -128,12 +168,35 @@ class ChatTemplate:
                 )
 
     def shows(self, name: str) -> bool:
-        """Whether the template writes a field of the assistant's last message."""
+        """Whether the template writes the reasoning in a field of the assistant's last message.
+
+        In the content it stands as a block.
+        """
         if name not in self.shown:
-            answer = {"role": "assistant", "content": "Answer.", name: "Reasons of the assistant."}
+            reasons = "Reasons of the assistant."
+            answer = {"role": "assistant", "content": "Answer.", name: reasons}
+            if name == "content":
+                answer[name] = f"{OPEN}\n{reasons}\n{CLOSE}\n\nAnswer."
             rendered = self.render([{"role": "user", "content": "Question?"}, answer], None)
-            self.shown[name] = answer[name] in rendered
+            self.shown[name] = reasons in rendered
         return self.shown[name]
+
+    def check_tools(self, tools: Any) -> None:
+        """InputError where a conversation has tools and the template leaves no trace of any."""
+        if tools and "tools" not in self.shown:
+            function = {"name": UNLIKELY, "description": "", "parameters": {"type": "object"}}
+            messages = [
+                {"role": "user", "content": "Question?"},
+                {"role": "assistant", "content": "Answer."},
+            ]
+            rendered = self.render(messages, [{"type": "function", "function": function}])
+            self.shown["tools"] = UNLIKELY in rendered
+        if tools and not self.shown["tools"]:
+            raise InputError(
+                "the model's chat template does not write 'tools', so that the assistant would learn to"
+                " call what it was not told of: use a template that does, such as that of the model's"
+                " Instruct version, or leave the tools out"
+            )
 
     def check_shape(self, messages: Sequence[Message], tools: Any, spans: Sequence[Span]) -> None:
         """InputError unless only targets change, and in the right turns, when the assistant's words do.
@@ -194,6 +257,15 @@ def cut(text: str, tokens: re.Pattern[str]) -> list[Span]:
     return spans
 
 
+def without_first(spans: list[Span], count: int) -> list[Span]:
+    """Spans in which so many turns of the assistant, from the first, are no targets."""
+    changed = []
+    for span in spans:
+        changed.append(replace(span, target=False) if count else span)
+        count -= bool(count and span.target and span.special and span.text == END)
+    return changed
+
+
 def targets(spans: Sequence[Span]) -> list[str]:
     """The assistant's turns, each with its end."""
     turns, turn = [], ""
@@ -209,7 +281,7 @@ def targets(spans: Sequence[Span]) -> list[str]:
 def own_words(message: Message) -> list[str]:
     """What of a message stands in its turn whatever the template: not its thinking, nor white space."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    return [message["content"].split("</think>")[-1].strip(), *calls]
+    return [message["content"].split(CLOSE)[-1].strip(), *calls]
 
 
 def message_shape(message: Message) -> tuple[Any, ...]:
@@ -218,7 +290,7 @@ def message_shape(message: Message) -> tuple[Any, ...]:
     return (
         message["role"],
         bool(content),
-        "</think>" in content,
+        CLOSE in content,
         content.startswith("<tool_response>") and content.endswith("</tool_response>"),
         len(message.get("tool_calls", ())),
         *(name in message for name in REASONING),
@@ -230,35 +302,3 @@ def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that splits a text at tokens and keeps them."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-
-def broken(text: str, tokens: re.Pattern[str], character: str) -> str:
-    """A text in which no token stands any more."""
-    return tokens.sub(lambda found: f"{found[0][:1]}{character}{found[0][1:]}", text)
-
-
-def unused_character(value: Any) -> str:
-    """A character that no text of a value has."""
-    text = json.dumps(value, ensure_ascii=False)
-    for character in NONCHARACTERS:
-        if character not in text:
-            return character
-    raise InputError("it has every one of Unicode's noncharacters: leave it out")
-
-
-def holds(value: Any, test: Callable[[str], bool]) -> bool:
-    """Whether a text anywhere in a value passes a test."""
-    if isinstance(value, str):
-        return test(value)
-    if isinstance(value, Mapping):
-        return any(holds(key, test) or holds(each, test) for key, each in value.items())
-    return isinstance(value, list) and any(holds(each, test) for each in value)
-
-
-def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A value with every text in it changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(key): with_texts(each, change) for key, each in value.items()}
-    return [with_texts(each, change) for each in value] if isinstance(value, list) else value

@@ -48,7 +48,7 @@ def encode_conversations(
         texts = engine.encode(rendered.texts, [text.encode() for text in rendered.texts])
         masked = lay_out(rendered.plan(), texts, dtype)
         whole, said = rendered.whole_texts(names)
-        wrong = wrong_conversations(masked, said, tokenizer)
+        wrong = wrong_conversations(masked, said, rendered.prompt_turns, tokenizer)
         return encoded_of(masked, whole, wrong.keys(), corpus.deduplicate), wrong
 
     at_once = computing_threads() + 1

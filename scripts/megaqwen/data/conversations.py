@@ -35,6 +35,13 @@ class Conversation:
     """Each with role and content, a string; an assistant's perhaps with reasoning and tool calls."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the functions that the assistant may call."""
+    prompt: int = 0
+    """How many messages, from the first, are a completion's prompt: they are not trained on."""
+
+    @property
+    def prompt_turns(self) -> int:
+        """How many of the prompt's messages are the assistant's."""
+        return sum(message["role"] == "assistant" for message in self.messages[: self.prompt])
 
 
 def conversation_of(record: Mapping[str, Any], field: str | None) -> Conversation:
@@ -47,18 +54,29 @@ def conversation_of(record: Mapping[str, Any], field: str | None) -> Conversatio
     Raises:
         InputError: It is none, or nothing in it would be trained on.
     """
-    given = messages_of(record, field)
-    messages = [message_of(each, f"message {n}") for n, each in enumerate(given, start=1)]
-    system = record.get("system")
-    if system and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, message_of({"role": "system", "content": system}, "system"))
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError("no message is the assistant's: there is nothing to train on")
-    return Conversation(messages=messages, tools=tools_of(record.get("tools")))
+    given, prompt = messages_of(record, field)
+    messages = [
+        message_of(each, f"message {n}", trained=n > prompt)
+        for n, each in enumerate(given, start=1)
+    ]
+    if record.get("system"):
+        system = message_of({"role": "system", "content": record["system"]}, "system")
+        if not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, system)
+            prompt += bool(prompt)
+        elif messages[0]["content"].strip() != system["content"].strip():
+            raise InputError(
+                "the field 'system' says something else than message 1, which is the system's too:"
+                f" {excerpt(system['content'])} and {excerpt(messages[0]['content'])}: leave one out"
+            )
+    if not any(message["role"] == "assistant" for message in messages[prompt:]):
+        what = "no message of the completion" if prompt else "no message"
+        raise InputError(f"{what} is the assistant's: there is nothing to train on")
+    return Conversation(messages=messages, tools=tools_of(record.get("tools")), prompt=prompt)
 
 
-def messages_of(record: Mapping[str, Any], field: str | None) -> Sequence[Any]:
-    """The messages of a record as they stand there."""
+def messages_of(record: Mapping[str, Any], field: str | None) -> tuple[Sequence[Any], int]:
+    """The messages of a record as they stand there, and how many of them are a completion's prompt."""
     names = [field] if field else [name for name in FIELDS if record.get(name) is not None]
     if names and record.get(names[0]) is not None:
         messages = record[names[0]]
@@ -66,9 +84,10 @@ def messages_of(record: Mapping[str, Any], field: str | None) -> Sequence[Any]:
             raise InputError(
                 f"{names[0]!r} is to be a list of messages, found {json_type(messages)}"
             )
-        return messages
+        return messages, 0
     if not field and record.get("prompt") is not None and record.get("completion") is not None:
-        return [*side(record, "prompt", "user"), *side(record, "completion", "assistant")]
+        prompt = side(record, "prompt", "user")
+        return [*prompt, *side(record, "completion", "assistant")], len(prompt)
     found = ", ".join(record) or "none"
     wanted = repr(field) if field else "'messages', 'conversations' or 'prompt' and 'completion'"
     raise InputError(
@@ -82,8 +101,14 @@ def side(record: Mapping[str, Any], name: str, role: str) -> list[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def message_of(given: Any, where: str) -> Message:
-    """A message in the form that templates take: role, content as a string, arguments as objects."""
+def message_of(given: Any, where: str, trained: bool = True) -> Message:
+    """A message in the form that templates take: role, content as a string, arguments as objects.
+
+    Args:
+        given: The message as a record has it.
+        where: Its name, for messages.
+        trained: Whether it would be trained on if the assistant says it.
+    """
     if not isinstance(given, Mapping):
         raise InputError(
             f"{where} is to be an object with role and content, found {json_type(given)}"
@@ -106,11 +131,11 @@ def message_of(given: Any, where: str) -> Message:
                 f"{where}: tool_calls is a list of calls, in a message of the assistant"
             )
         message["tool_calls"] = [call_of(each, where) for each in given["tool_calls"]]
-    check_message(message, given, where)
+    check_message(message, given, where, trained)
     return message
 
 
-def check_message(message: Message, given: Mapping[str, Any], where: str) -> None:
+def check_message(message: Message, given: Mapping[str, Any], where: str, trained: bool) -> None:
     """InputError for what would be trained on wrongly, or not at all."""
     for key in KEPT:
         if key in message and not isinstance(message[key], str):
@@ -118,7 +143,7 @@ def check_message(message: Message, given: Mapping[str, Any], where: str) -> Non
     if message["role"] == "assistant":
         if not message["content"].strip() and "tool_calls" not in message:
             raise InputError(f"{where} is empty: the assistant would learn to say nothing")
-        if given.get("weight") not in (None, 1) or given.get("train") is False:
+        if trained and (given.get("weight") not in (None, 1) or given.get("train") is False):
             raise InputError(f"{where} is not to be trained on, but every turn of the assistant is")
     elif given.get("content", given.get("value")) is None:
         raise InputError(f"{where} has no content")

@@ -24,6 +24,8 @@ FORMATS: dict[str, Format] = {
 SAVED_STATE = "state.json"  # of a data set that `datasets` saved
 SAVED_SPLITS = "dataset_dict.json"  # of several in one folder
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
+RENAMED = {".zstd": ".zst", ".gzip": ".gz"}  # other names of what is read
+UNREAD = (".bz2", ".lz4", ".lzma", ".zip", ".7z", ".rar", ".br", ".sz", ".z", ".tar", ".tgz")
 
 
 class FilesGone(InputError):
@@ -43,7 +45,7 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     exists as it stands is no pattern, whatever characters it has.
 
     Raises:
-        FilesGone: A pattern matches no file.
+        FilesGone: A pattern matches no file, or a link to one that is not there.
         InputError: The format of a file is unknown.
     """
     if isinstance(corpus, BuiltinCorpus):
@@ -74,6 +76,13 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
             f"corpus {corpus}: {pattern} is a folder: name its files, such as {path}/**/*.jsonl"
         )
     matches = sorted(Path(match) for match in glob.iglob(str(path), recursive=True))  # noqa: PTH207
+    for match in matches:
+        if is_broken_link(match):
+            raise FilesGone(
+                f"corpus {corpus}: {match}, which {pattern!r} matches, is a link to {match.readlink()}, "
+                "which does not exist: mend the link or remove it",
+                str(match),
+            )
     files = [match for match in matches if match.is_file()]
     if not files:
         raise FilesGone(
@@ -82,6 +91,17 @@ def matching_files(corpus: str, pattern: str) -> list[Path]:
             pattern,
         )
     return files
+
+
+def is_broken_link(path: Path) -> bool:
+    """Whether nothing is where a link leads; one that leads round in a circle of folders is none."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return path.is_symlink()
+    except OSError:
+        return False
+    return False
 
 
 def saved_files(corpus: str, directory: Path) -> list[Path]:
@@ -115,10 +135,12 @@ def file_format(path: Path, corpus: FilesCorpus) -> Format:
     """The format of a file: what the corpus says, or with `auto` what the file's name says.
 
     Raises:
-        InputError: The name says nothing, or it is a Parquet or Arrow file inside .gz, .zst or .xz.
+        InputError: The name says nothing, or that the file is packed in a way that is not read, or it
+            is a Parquet or Arrow file inside .gz, .zst or .xz.
     """
     compression = compression_of(path)
     inner = path.with_suffix("") if compression else path
+    check_packing(inner.suffix.lower(), path, corpus.name)
     declared = corpus.format
     chosen = FORMATS.get(inner.suffix.lower()) if declared == "auto" else declared
     if chosen is None:
@@ -134,3 +156,18 @@ def file_format(path: Path, corpus: FilesCorpus) -> Format:
             "unpack the file"
         )
     return chosen
+
+
+def check_packing(suffix: str, path: Path, corpus: str) -> None:
+    """InputError where a suffix of a file says that it is packed in a way that is not read."""
+    if suffix in RENAMED:
+        name = RENAMED[suffix]
+        raise InputError(
+            f"corpus {corpus}: {path}: {suffix} is read by the name {name} alone: rename the file,"
+            f" to {path.stem}{name}"
+        )
+    if suffix in UNREAD:
+        raise InputError(
+            f"corpus {corpus}: {path}: files that are packed as {suffix} are not read: unpack it, or"
+            f" pack it as {' or '.join(COMPRESSIONS)}"
+        )

@@ -48,7 +48,7 @@ class Rendering:
             if sum(len(s.text) for s in spans if s.target and not s.special) < self.min_characters:
                 rendered.short += 1
             else:
-                rendered.add(index, spans, self.chat)
+                rendered.add(index, spans, self.chat, conversation.prompt_turns)
         return rendered
 
 
@@ -63,6 +63,8 @@ class Rendered:
     targets: list[bool] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     """The spans of each conversation."""
+    prompt_turns: list[int] = field(default_factory=list)
+    """How many turns of the assistant, from the first, are the prompt in each conversation."""
     indices: list[int] = field(default_factory=list)
     """Which of the block's records each conversation is."""
     errors: list[InputError] = field(default_factory=list)
@@ -70,7 +72,7 @@ class Rendered:
     short: int = 0
     """Conversations in which the assistant says less than is asked for."""
 
-    def add(self, index: int, spans: list[Span], chat: ChatTemplate) -> None:
+    def add(self, index: int, spans: list[Span], chat: ChatTemplate, prompt_turns: int = 0) -> None:
         """Add a conversation."""
         for span in spans:
             if span.special:
@@ -80,6 +82,7 @@ class Rendered:
                 self.texts.append(span.text)
             self.targets.append(span.target)
         self.counts.append(len(spans))
+        self.prompt_turns.append(prompt_turns)
         self.indices.append(index)
 
     def plan(self) -> Plan:

@@ -16,6 +16,7 @@ from megaqwen.errors import InputError
 LARGEST_DOCUMENT = 256 * 2**20  # bytes; a bound on memory, and on a file that lacks its newlines
 BLOCK = 2 * 2**20  # bytes of text that are worked on at once: they stay in the processor's cache
 BUFFER = 2**20
+TOO_LARGE_WINDOW = "Frame requires too much memory"  # in the words of the zstd library
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -81,6 +82,11 @@ class UnpackedStream(io.RawIOBase):
         try:
             return int(self.source.readinto(buffer))
         except (OSError, EOFError, lzma.LZMAError) as error:
+            if TOO_LARGE_WINDOW in str(error):
+                raise InputError(
+                    f"{self.path}: it was packed with a larger window than is read, 128 MiB"
+                    f" ({error}): unpack it, or pack it again without --long"
+                ) from error
             raise InputError(f"{self.path}: cannot be read: {error}: get it again") from error
 
 

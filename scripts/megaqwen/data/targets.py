@@ -54,7 +54,10 @@ def lay_out(plan: Plan, texts: Tokens, dtype: DTypeLike) -> Masked:
 
 
 def wrong_conversations(
-    masked: Masked, expected: Sequence[str], tokenizer: ChatTokenizer
+    masked: Masked,
+    expected: Sequence[str],
+    prompt_turns: Sequence[int],
+    tokenizer: ChatTokenizer,
 ) -> dict[int, str]:
     """Which conversations do not have the targets that they are to have, and why.
 
@@ -64,10 +67,11 @@ def wrong_conversations(
     Args:
         masked: The conversations.
         expected: What each one is to be trained on, in text, ends of turns included.
+        prompt_turns: How many turns of the assistant, from the first, each one is not to be trained on.
         tokenizer: The model's.
     """
     starts = numpy.cumsum(masked.lengths, dtype=numpy.int64) - masked.lengths
-    of_ids = targets_of_ids(masked.ids, tokenizer)
+    of_ids = targets_of_ids(masked.ids, starts, prompt_turns, tokenizer)
     differ = numpy.add.reduceat(of_ids != masked.targets, starts, dtype=numpy.int64)
     wrong = {int(n): "the targets are not its turns" for n in numpy.flatnonzero(differ)}
     counts = numpy.add.reduceat(masked.targets, starts, dtype=numpy.int64)
@@ -85,14 +89,31 @@ def wrong_conversations(
     return wrong
 
 
-def targets_of_ids(ids: NDArray[Any], tokenizer: ChatTokenizer) -> NDArray[numpy.uint8]:
-    """The targets by the ids alone: from after each header of the assistant to the next end of a turn."""
+def targets_of_ids(
+    ids: NDArray[Any],
+    starts: NDArray[numpy.int64],
+    prompt_turns: Sequence[int],
+    tokenizer: ChatTokenizer,
+) -> NDArray[numpy.uint8]:
+    """The targets by the ids alone: from after each header of the assistant to the next end of a turn.
+
+    Args:
+        ids: Of some conversations, one after another.
+        starts: The first token of each conversation.
+        prompt_turns: How many turns of the assistant, from the first, are no targets in each.
+        tokenizer: The model's.
+    """
     start, end = (tokenizer.special_ids[token] for token in (START, END))
     header = tokenizer.header
     (begins,) = numpy.nonzero(ids[: len(ids) - len(header)] == start)
     for offset, token in enumerate(header, start=1):
         begins = begins[ids[begins + offset] == token]
     begins += 1 + len(header)
+    if any(prompt_turns):
+        mine = numpy.searchsorted(starts, begins, side="right") - 1  # whose conversation it is
+        before = numpy.searchsorted(begins, starts)  # turns of earlier conversations
+        numbers = numpy.arange(len(begins)) - before[mine]
+        begins = begins[numbers >= numpy.asarray(prompt_turns)[mine]]
     (ends,) = numpy.nonzero(ids == end)
     places: Any = numpy.searchsorted(ends, begins)
     begins, places = begins[places < len(ends)], places[places < len(ends)]
