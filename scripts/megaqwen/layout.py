@@ -81,7 +81,8 @@ class Layout:
             case "convert":
                 fields = {"model": self.model_key}
             case "preprocess":
-                kind = {"kind": data["kind"]} if "kind" in data else {}
+                # Form 2 of conversations: what a prompt has of the assistant's is no target.
+                kind = {"kind": data["kind"], "form": 2} if "kind" in data else {}
                 fields = {"model": self.model_key, "corpora": data["corpora"], **kind}
             case "gate":
                 # What is compared, not how: other texts are no reason to train again.
