@@ -212,6 +212,8 @@ class StageRecord:
         self.stage = stage
         self.config = dict(config)
         self.started = time.time()
+        # Now: Megatron is given its options as a command line, in the place of this one.
+        self.command = [Path(sys.argv[0]).name, *sys.argv[1:]]
 
     def write(
         self,
@@ -240,7 +242,7 @@ class StageRecord:
                     for name, path in inputs.items()
                 },
                 "results": dict(results),
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "command": self.command,
                 "versions": installed_versions(),
                 "git": git_state(),
                 "host": socket.gethostname(),

@@ -44,7 +44,9 @@ def test_one_rank_learns(workspace: Workspace, one_rank: Path) -> None:
     assert len(curve) == 4
     assert abs(curve[0] - 7.85) < 0.2  # log(2560): the model is random
     assert curve[-1] < curve[0] - 0.1
-    manifest = read_json(one_rank.parents[1] / "manifest.json")["results"]
+    whole = read_json(one_rank.parents[1] / "manifest.json")
+    assert whole["command"][:2] == ["train.py", "--config"]  # not what Megatron is given
+    manifest = whole["results"]
     assert (manifest["iteration"], manifest["tokens"]) == (4, 4 * 4 * 64)
     assert len(differing(*(weights(workspace, one_rank, step) for step in (2, 4)))) > 20
 

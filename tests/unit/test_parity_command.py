@@ -122,6 +122,7 @@ def test_a_healthy_model_passes_with_every_figure(qwen3: Crossing) -> None:
     assert not qwen3.output.with_name("failed.json").exists()
     manifest = read_json(qwen3.output)
     assert (manifest["stage"], set(manifest["inputs"])) == ("parity_convert", {"model"})
+    assert manifest["command"][:3] == ["parity.py", "--config", str(qwen3.config)]
     found = manifest["results"]
     assert (found["crossing"], found["verdict"]) == ("convert", "passed")
     bounds = {gate["name"]: gate["threshold"] for gate in found["gates"]}
