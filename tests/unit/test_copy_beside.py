@@ -69,7 +69,7 @@ def test_gradients_are_finalized_after_the_copy(copier: Copier, waiting: Waiting
     began = time.monotonic()
     ask()
     assert copier.asked.wait(PATIENCE) and not copier.go_on.is_set()
-    CONTEXT.Process(target=end_later, args=(copier.go_on, 0.5)).start()
+    CONTEXT.Process(target=end_later, args=(copier.go_on, 0.5), daemon=True).start()
     finalize(1)
     assert at[1] - began > 0.5
     assert 0.3 < waiting.taken()["save_wait_seconds"] <= at[1] - began

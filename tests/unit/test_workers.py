@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from commands import ROOT
 
 RANK = """
@@ -24,9 +26,24 @@ with ended_by_failure():
 """
 
 
-def test_a_failed_rank_ends_with_its_own_error() -> None:
+SAVING = """
+import multiprocessing, time
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megaqwen.training.workers import ended_by_failure
+
+context = multiprocessing.get_context("fork")
+requests = PersistentAsyncCaller._persistent_queue = context.JoinableQueue()
+context.Process(target=time.sleep, args=(600,), daemon=True).start()  # it reads none
+requests.put(bytes(1 << 20))  # more than a pipe holds
+with ended_by_failure():
+    raise ValueError("the training's own error")
+"""
+
+
+@pytest.mark.parametrize("rank", [RANK, SAVING], ids=["loads data", "saves"])
+def test_a_failed_rank_ends_with_its_own_error(rank: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", RANK],
+        [sys.executable, "-c", rank],
         env={"PYTHONPATH": str(ROOT / "scripts")},
         capture_output=True,
         text=True,

@@ -5,12 +5,15 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
 
 @contextlib.contextmanager
 def ended_by_failure() -> Iterator[None]:
     """Kill the rank's processes where the block fails: Python waits for them at its exit.
 
-    It asks them to end by SIGTERM first, which Megatron has those that load data only take note of.
+    It asks them to end by SIGTERM first, which Megatron has those that load data only take note of. What
+    was on its way to the one that saves is let go: Python would wait until that reads it.
     """
     try:
         yield
@@ -21,4 +24,6 @@ def ended_by_failure() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             process.kill()
+        if (requests := PersistentAsyncCaller._persistent_queue) is not None:
+            requests.cancel_join_thread()
         raise
