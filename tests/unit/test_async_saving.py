@@ -1,15 +1,19 @@
 """Where asynchronous saves put tensors, as far as a machine without a GPU can tell."""
 
 import io
+import multiprocessing
 import threading
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megaqwen.config.sections import Checkpoints
-from megaqwen.training import async_saving, saving
+from megaqwen.training import async_saving, cpu_emulation, saving
+from megaqwen.training.copy_beside import COPY
 from megaqwen.training.ranks import Rank, rank_from_environment, torch_variables
 
 # What srun sets for the tenth of 16 tasks on two nodes.
@@ -156,3 +160,33 @@ def test_memory_is_reserved_where_there_is_something_to_save(
     assert len(found) == 1
     # Adam's state and its copy, which the distributed optimizer gathers of all ranks' shares.
     assert [beside for _, beside in asked] == [0, 12 * 8]
+
+
+def test_what_is_put_in_the_place_of_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker's staging and its end, the wait for it, and where training waits for the copy."""
+    cpu_emulation.install()
+    from megatron.training import training
+
+    for owner, name in (
+        (FileSystemWriterAsync, "preload_tensors"),
+        (PersistentAsyncCaller, "is_current_async_call_done"),
+        (PersistentAsyncCaller, "_persistent_preload_q"),
+        (training, "setup_model_and_optimizer"),
+        (training, "finalize_model_grads"),
+        (COPY, "beside"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    done, finalize = PersistentAsyncCaller.is_current_async_call_done, training.finalize_model_grads
+    arguments = Namespace(async_save=False, cuda_graph_impl="local")
+    monkeypatch.setattr("megatron.training.get_args", lambda: arguments)
+    training.setup_model_and_optimizer = lambda: ([], None, None)
+    PersistentAsyncCaller._persistent_preload_q = multiprocessing.JoinableQueue()
+    async_saving.install()
+    assert FileSystemWriterAsync.preload_tensors is async_saving.stage
+    assert PersistentAsyncCaller.is_current_async_call_done is not done
+    assert training.finalize_model_grads is not finalize
+    training.setup_model_and_optimizer()
+    assert COPY.beside is None  # a graph that is replayed waits for nothing
+    arguments.cuda_graph_impl = "none"
+    training.setup_model_and_optimizer()
+    assert COPY.beside is PersistentAsyncCaller._persistent_preload_q

@@ -62,6 +62,18 @@ def test_training_goes_on_where_nothing_of_it_changed(overlay: dict[str, Any]) -
     assert layout(**overlay).checkpoints == layout().checkpoints
 
 
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [({"lr": 0.5, "lr_warmup_iters": 7}, True), ({"lr_decay_style": "constant"}, False)],
+    ids=str,
+)
+def test_a_verdict_is_not_that_of_another_schedule(options: dict[str, Any], shared: bool) -> None:
+    """The gate is shared, so that a sweep passes it once; what a run says of itself is not."""
+    one, other = layout(), layout(train=options)
+    assert one.stage_digest("gate") == other.stage_digest("gate")
+    assert (one.stage_digest("parity") == other.stage_digest("parity")) == shared
+
+
 def test_what_changes_no_number_trains_nothing_again() -> None:
     """How a training is watched, timed, saved and stopped; each option at a value that it has not."""
     plain = layout()

@@ -47,9 +47,7 @@ def install() -> None:
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:
         model, optimizer, schedule = set_up(*words, **named)
         arguments = get_args()
-        if (
-            not arguments.fp8_param_gather
-        ):  # or the GPU would hold the weights twice in an iteration
+        if arguments.cuda_graph_impl == "none":  # what is replayed waits for nothing
             COPY.install()
         reserve_for(model, optimizer, arguments)
         return model, optimizer, schedule
