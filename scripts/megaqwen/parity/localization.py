@@ -44,19 +44,18 @@ LONGER = "what shows in longer or packed text alone: positions, the mask, or the
 
 def likely_cause(gates: Sequence[Gate], points: Sequence[PointError]) -> str:
     """What to look at first, by the gates that failed and where the models part."""
-    causes = [BY_GATE[gate.name] for gate in gates if not gate.passed and gate.name in BY_GATE]
+    failed = [gate.name for gate in gates if not gate.passed]
+    causes = [BY_GATE[name] for name in failed if name in BY_GATE]
     if causes:
         return "; ".join(causes)
     first = first_divergence(points)
     if first:
         return BY_POINT[first.point]
-    if [gate.name for gate in gates if not gate.passed and gate.name not in BY_RANKS] == [
-        "perplexity"
-    ]:
+    on_one_rank = [name for name in failed if name not in BY_RANKS]
+    if on_one_rank == ["perplexity"]:
         return LONGER
     # The first gate that failed: a mistake in a gradient spoils the steps as well.
-    causes = [BY_RANKS[gate.name] for gate in gates if not gate.passed and gate.name in BY_RANKS]
-    on_one_rank = any(not gate.passed and gate.name not in BY_RANKS for gate in gates)
+    causes = [BY_RANKS[name] for name in failed if name in BY_RANKS]
     return HEAD if on_one_rank or not causes else causes[0]
 
 

@@ -118,7 +118,6 @@ def measure_perplexity(
         return None, {"perplexity": "all documents are trained on"}
     if length > (most := weights.config["max_position_embeddings"]):
         return None, {"perplexity": f"train.seq_length {length} is more than the model's {most}"}
-    in_memory = positions_in_memory(weights.config["num_attention_heads"])
     samples = heldout_samples(
         evaluated,
         config,
@@ -126,7 +125,7 @@ def measure_perplexity(
         crossing.made,
         weights.config["vocab_size"],
         budget / PASSES,
-        in_memory,
+        positions_in_memory(weights.config["num_attention_heads"]),
     )
     expected, found = both_losses(
         HuggingFaceLayers(weights, torch.float32),
@@ -134,7 +133,7 @@ def measure_perplexity(
         samples,
         crossing.tie,
     )
-    logged, reason = logged_loss(evaluated, samples, crossing, budget / PASSES, in_memory)
+    logged, reason = logged_loss(evaluated, samples, crossing, budget / PASSES)
     facts: dict[str, Any] = {
         "kind": evaluated.kind,
         "samples": len(samples),
@@ -162,11 +161,7 @@ def measure_perplexity(
 
 
 def logged_loss(
-    evaluated: Evaluated,
-    samples: Sequence[Sample],
-    crossing: Crossing,
-    affordable: float,
-    in_memory: int,
+    evaluated: Evaluated, samples: Sequence[Sample], crossing: Crossing, affordable: float
 ) -> tuple[float | None, str]:
     """What training logged over these samples, or why it is not known; no word before training."""
     if not crossing.after_training:
@@ -176,18 +171,14 @@ def logged_loss(
         return None, f"how far the loss in {dtype} may be from that in float32 is not known here"
     if (compared := len(samples[-1].tokens)) < length:
         limit = "parity.minutes" if affordable < length else "this job's memory"
+        memory = memory_for(length, crossing.weights.config["num_attention_heads"]) / 1e9
         return None, (
             f"{limit} is enough for {compared:,} of a sample's {length:,} tokens, and training told the"
-            f" losses of whole ones ({longest_memory(length, crossing):.0f} GB hold one)"
+            f" losses of whole ones ({memory:.0f} GB hold one)"
         )
     logged = evaluated.logged(samples)
     told = evaluated.iteration is not None
     return logged, f"training told no losses of {'these samples' if told else 'its last iteration'}"
-
-
-def longest_memory(length: int, crossing: Crossing) -> float:
-    """GB that a job takes for a text of so many positions."""
-    return memory_for(length, crossing.weights.config["num_attention_heads"]) / 1e9
 
 
 @torch.no_grad()
