@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 
 include: "rules/common.smk"
+include: "rules/ranks.smk"
 include: "rules/download.smk"
 include: "rules/convert.smk"
 include: "rules/preprocess.smk"
@@ -18,6 +19,7 @@ include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/parity.smk"
 include: "rules/report.smk"
+include: "rules/start.smk"
 
 
 if RUNS.is_sweep:
