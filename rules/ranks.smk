@@ -22,7 +22,10 @@ def rank_command(wildcards, resources):
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
     layout = layout_of(wildcards)
-    known = known_hf_config(layout)  # of a Hub model not before it is there
+    try:
+        known = known_hf_config(layout)  # of a Hub model not before it is there
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
     to_check = known or not is_made(layout.run / "train")
     # Resources are not resolved yet when Snakemake asks for the first time.
     if to_check and isinstance(resources.get("nodes"), int):

@@ -1,7 +1,8 @@
 """A Hugging Face Hub of one repository on localhost, for the real client to download from.
 
 It speaks what the client uses: model info, refs, tree, resolve (HEAD and GET with Range; large
-files are redirected to another path, as to the CDN of the Hub), and its error headers. Faults can
+files are redirected to another path, as to the CDN of the Hub), and its error headers. It offers
+large files over Xet as well, as the Hub does, and has nobody there who would send them. Faults can
 be set.
 """
 
@@ -37,6 +38,10 @@ class Hub:
     gated_for: str | None = None
     """Only this token may read files."""
     refused_token: str | None = None
+    page: bytes | None = None
+    """Answer everything with this, as a proxy does that wants a login."""
+    silent: bool = False
+    """Give no sizes, digests or blobs of files."""
     down: bool = False
     """Answer everything with 503."""
     drop_after: int | None = None
@@ -93,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             Request(self.command, path, self.headers.get("Range"), authorization)
         )
+        if self.hub.page is not None:
+            return self.send_content(self.hub.page, {"Content-Type": "text/html"})
         if self.hub.down:
             return self.fail(503, None, "Service Unavailable")
         if self.hub.refused_token and authorization == f"Bearer {self.hub.refused_token}":
@@ -123,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
                     "size": len(content),
                     "pointerSize": 130,
                 }
-            siblings.append(sibling)
+            siblings.append({"rfilename": name} if self.hub.silent else sibling)
         self.send_json({"id": REPO, "modelId": REPO, "sha": commit, "siblings": siblings})
 
     def refs(self) -> None:
@@ -152,6 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             }
             if is_large(name):
                 entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+                entry["xetHash"] = sha256(content)
             entries.append(entry)
         self.send_json(entries)
 
@@ -175,6 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("X-Linked-ETag", f'"{sha256(content)}"')
+        self.send_header("X-Xet-Hash", sha256(content))
+        self.send_header("X-Xet-Refresh-Route", f"{self.hub.url}/xet-read-token")
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -52,6 +52,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def make_again(stage: str) -> str:
+    """The command that makes a stage's result anew, whatever is there."""
+    return f"snakemake --profile PROFILE {stage} --forcerun {stage}"
+
+
 def existing(path: Path, stage: str) -> Path:
     """`path`, or an InputError that names the stage which makes it, or what a link has lost."""
     if path.parent.is_symlink() and not path.parent.exists():
@@ -59,7 +64,7 @@ def existing(path: Path, stage: str) -> Path:
             f"{path.parent} links to {path.parent.readlink()}, which is gone: bring it back"
         )
     if not path.is_file():
-        raise InputError(f"{path} is missing: run the stage that makes it (snakemake {stage})")
+        raise InputError(f"{path} is missing: run the stage that makes it ({make_again(stage)})")
     return path
 
 

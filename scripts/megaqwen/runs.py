@@ -20,6 +20,7 @@ from megaqwen.config.loading import (
     with_types,
 )
 from megaqwen.config.reading import ConfigError, scalar
+from megaqwen.config.sections import PathModel
 from megaqwen.config.sweeps import flattened, overlays, sweep_error, sweep_of
 from megaqwen.layout import Layout
 from megaqwen.provenance import digest
@@ -92,11 +93,17 @@ class Runs:
             for mistake in mistakes:
                 found.setdefault(str(mistake), []).append(name)
             if config and not mistakes:
-                self.layouts[name] = Layout(config=config)
+                layout = self.layouts[name] = Layout(config=config)
+                if reads_itself(layout):
+                    words = "model.path lies in this run's own directory: give the run another name"
+                    found.setdefault(
+                        f"{words}, or export would replace what it began with", []
+                    ).append(name)
         if not found:
             return
         if not self.is_sweep:
             validate_config(self.merged(self.name))  # raises, in the words for one run
+            raise ConfigError(next(iter(found)))
         count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
         lines = [f"{text} ({self.runs_in_words(names)})" for text, names in found.items()]
         raise ConfigError("\n    ".join([f"the configs of the sweep have {count}:", *lines]))
@@ -161,6 +168,14 @@ class Runs:
     def digest(self) -> str:
         """The runs, as Snakemake sees a change of their table."""
         return digest({"runs": {name: self.label(name) for name in self.names}, "recipe": RECIPE})
+
+
+def reads_itself(layout: Layout) -> bool:
+    """Whether a run starts from a model that it has written itself, or is about to write."""
+    model = layout.config.model
+    if not isinstance(model, PathModel):
+        return False
+    return Path(model.path).expanduser().resolve().is_relative_to(layout.run.resolve())
 
 
 def read_runs(

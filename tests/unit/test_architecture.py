@@ -258,6 +258,11 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
         ({"rope_scaling": {**YARN, "factor": 1.0, "attention_factor": 1.2}}, "attention_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'.* yarn"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn': an object is expected"),
+        (  # transformers would take rope_scaling alone, with its default base
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN},
+            "rope_parameters and rope_scaling, which differ",
+        ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope type 'mrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5 is no whole number"),

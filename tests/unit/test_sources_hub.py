@@ -234,6 +234,22 @@ def test_a_token_file_is_not_read(download: Download, hub: Hub) -> None:
     assert not any(request.authorization for request in hub.requests)
 
 
+def test_a_token_may_end_in_a_line_break(download: Download, hub: Hub) -> None:
+    hub.gated_for = "hf_right"
+    code, text = download.run(HF_TOKEN="hf_right\r\n")
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("token", ["hf_two\nhf_lines", "hf_umläut"])
+def test_a_token_that_none_can_be_is_refused_and_not_printed(
+    download: Download, hub: Hub, token: str
+) -> None:
+    text = download.refused(HF_TOKEN=token)
+    assert "HF_TOKEN holds a character that no token has" in text
+    assert "hf_" not in text
+    assert not hub.requests
+
+
 def test_a_bad_token_is_named(download: Download, hub: Hub) -> None:
     hub.refused_token = "hf_expired"
     text = download.refused(HF_TOKEN="hf_expired")
@@ -269,6 +285,18 @@ def test_an_unreachable_hub_is_named(download: Download) -> None:
 def test_a_hub_that_is_down_is_named(download: Download, hub: Hub) -> None:
     hub.down = True
     assert f"{REPO}: {hub.url} answered 503" in download.refused()
+
+
+def test_a_page_in_place_of_the_hub_is_named(download: Download, hub: Hub) -> None:
+    hub.page = b"<html>Sign in</html>"
+    assert f"{hub.url} does not answer as a Hugging Face Hub" in download.refused()
+
+
+def test_a_mirror_need_not_say_how_large_files_are(download: Download, hub: Hub) -> None:
+    hub.silent = True
+    code, text = download.run()
+    assert code == 0, text
+    download.holds(hub.commits[FIRST])
 
 
 def test_offline_mode_is_named(download: Download, hub: Hub) -> None:

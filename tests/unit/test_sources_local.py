@@ -153,6 +153,7 @@ def not_utf8(model: Path) -> None:
 
 
 def name_no_file(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": 3}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -189,6 +190,7 @@ def empty_the_index(model: Path) -> None:
 
 
 def leave_the_directory(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     weight_map = {"model.norm.weight": "../elsewhere.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -247,6 +249,15 @@ def test_shards_count_like_one_file(model: Path) -> None:
     shards = verify_model_directory(model)
     assert len(shards.weight_files) == 2
     assert (shards.parameters, shards.dtypes) == (whole.parameters, whole.dtypes)
+
+
+def test_a_single_file_is_taken_as_transformers_takes_it(model: Path) -> None:
+    """Not the shards that an earlier, larger save left beside it."""
+    weights = model / "model.safetensors"
+    kept = weights.read_bytes()
+    split_in_two(model)
+    weights.write_bytes(kept)
+    assert verify_model_directory(model).weight_files == ("model.safetensors",)
 
 
 def test_vocabulary_and_merges_are_a_tokenizer(model: Path) -> None:

@@ -78,6 +78,16 @@ def test_no_sweep_is_one_run_with_the_paths_that_it_has_alone() -> None:
     assert found.place("gate") == alone.gate and found.log("convert").parent == alone.run / "logs"
 
 
+def test_a_run_does_not_begin_with_what_it_writes(tmp_path: Path) -> None:
+    def started_from(run: str) -> Runs:
+        model = {"source": "path", "path": str(tmp_path / "runs" / run / "export" / "hf")}
+        return runs(results=str(tmp_path), run="one", model=model)
+
+    started_from("another").check()
+    with pytest.raises(ConfigError, match=r"^model\.path lies in this run's own directory"):
+        started_from("one").check()
+
+
 def test_a_run_of_a_sweep_is_the_run_that_its_stored_config_describes(tmp_path: Path) -> None:
     found = runs(results=str(tmp_path), run="lr", sweep={"grid": GRID})
     store_configs(found)

@@ -49,7 +49,8 @@ def test_a_damaged_file_of_convert_is_named(tiny_qwen3: Path, tmp_path: Path) ->
     done = run_script("export.py", *options(**words, checkpoint=checkpoint, output=output))
     assert done.returncode == 2, done.stdout
     expected = f"{damaged} is damaged: its SHA-256 is not the one that convert recorded"
-    assert f"{expected}; remove it and run convert again" in done.stdout
+    command = "snakemake --profile PROFILE convert --forcerun convert"
+    assert f"{expected}. To make it again: {command}" in done.stdout
     assert not (output / "manifest.json").exists() and not list(output.glob("*hf*"))
 
 
@@ -145,5 +146,7 @@ def test_another_programs_manifest_is_none_of_ours(text: str, tmp_path: Path) ->
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"stage": "download"}')
-    with pytest.raises(InputError, match=r"manifest\.json is damaged: run download again"):
+    with pytest.raises(
+        InputError, match=r"manifest\.json is damaged: snakemake .* --forcerun download"
+    ):
         recorded_checks(tmp_path / "hf", "download")

@@ -49,14 +49,32 @@ def words(workspace: Workspace, stage: str, **changed: object) -> list[str]:
 
 NO_STAGE: dict[tuple[str, str], str] = {
     ("convert", "model"): "there is no such model directory",
-    ("preprocess", "model"): "run the stage that makes it (snakemake download)",
-    ("train", "model"): "run the stage that makes it (snakemake download)",
-    ("train", "checkpoint"): "run the stage that makes it (snakemake convert)",
-    ("train", "data"): "run the stage that makes it (snakemake preprocess)",
+    (
+        "preprocess",
+        "model",
+    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
+    (
+        "train",
+        "model",
+    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
+    (
+        "train",
+        "checkpoint",
+    ): "run the stage that makes it (snakemake --profile PROFILE convert --forcerun convert)",
+    (
+        "train",
+        "data",
+    ): "run the stage that makes it (snakemake --profile PROFILE preprocess --forcerun preprocess)",
     ("export", "checkpoint"): "no checkpoint",
-    ("parity", "model"): "run the stage that makes it (snakemake download)",
+    (
+        "parity",
+        "model",
+    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
     ("parity", "checkpoint"): "no checkpoint",
-    ("parity", "data"): "run the stage that makes it (snakemake preprocess)",
+    (
+        "parity",
+        "data",
+    ): "run the stage that makes it (snakemake --profile PROFILE preprocess --forcerun preprocess)",
     ("report", "manifests"): "run the stage that makes it",
 }
 
@@ -202,6 +220,14 @@ def without_alembic(checkout: Checkout) -> dict[str, str]:
     return {"PYTHONPATH": str(directory)}
 
 
+def broken_config_json(checkout: Checkout) -> list[object]:
+    model = checkout.directory / "broken"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text('{"model_type": "qwen3",')
+    changed = {"source": "path", "path": str(model)}
+    return ["all", "--configfile", overlay(checkout, "broken.yaml", model=changed)]
+
+
 @pytest.mark.parametrize(
     ("make", "message", "lines"),
     [
@@ -209,6 +235,7 @@ def without_alembic(checkout: Checkout) -> dict[str, str]:
         (unknown_key, "train.learning_rate: Megatron has no such option", 8),
         (results_are_a_file, "occupied is a file: choose a directory", 6),
         (too_many_ranks, "train.global_batch_size", 40),
+        (broken_config_json, "broken/config.json: not valid JSON", 40),
         (no_corpus, "corpus mine: no file matches 'absent/*.jsonl'", 40),
         (no_tracker, "tracking.mlflow_experiment is 'curves', but alembic is not installed", 45),
     ],

@@ -33,9 +33,25 @@ class Yarn:
 
 
 def rope_parameters(hf_config: Facts) -> dict[str, Any]:
-    """What the two spellings say together; null says nothing."""
-    keys = ("rope_parameters", "rope_scaling")
-    return {key: value for name in keys for key, value in given(hf_config.get(name) or {}).items()}
+    """What either spelling says; null says nothing.
+
+    Raises:
+        InputError: One is no object, or there are both and they differ: transformers 5 would take
+            rope_scaling alone, and with it its default base.
+    """
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        value = hf_config.get(name)
+        if value and not isinstance(value, dict):
+            raise InputError(f"{name} is {value!r}: an object is expected")
+        if value and (said := given(value)):
+            found.append(said)
+    if len(found) == 2 and found[0] != found[1]:
+        raise InputError(
+            "config.json has rope_parameters and rope_scaling, which differ: put all that is meant"
+            " into rope_parameters, with rope_theta, and remove rope_scaling"
+        )
+    return found[0] if found else {}
 
 
 def rope_type(hf_config: Facts) -> Any:

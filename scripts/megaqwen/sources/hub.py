@@ -17,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from megaqwen.errors import InputError
 from megaqwen.provenance import publish_directory, sha256_file
-from megaqwen.sources.hub_errors import TRY_AGAIN, clear_hub_errors
+from megaqwen.sources.hub_errors import TRY_AGAIN, clear_hub_errors, environment_token
 from megaqwen.sources.hub_resume import UNFINISHED, finish_interrupted_files
 from megaqwen.sources.progress import bytes_on_disk, logged_progress
 from megaqwen.sources.verify import check_architecture, verify_model_directory
@@ -41,7 +41,8 @@ class HubFile:
     """What the Hub says of one file."""
 
     name: str
-    bytes: int
+    bytes: int | None
+    """None where a mirror does not say."""
     sha256: str | None
     """Of large files (LFS) only."""
     git_blob: str | None
@@ -69,18 +70,21 @@ def download_model(repo_id: str, revision: str, directory: Path) -> HubSnapshot:
         InputError: Anything that the user can mend, from the repository's name to a full disk.
     """
     disable_progress_bars()
-    token = os.environ.get("HF_TOKEN") or False  # False: no token file of the client's either
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True  # it begins again with a file that was interrupted
+    token = environment_token() or False  # False: no token file of the client's either
     api = HfApi(token=token)
     partial = directory.with_name(f".{directory.name}.download")
     with clear_hub_errors(api, repo_id, revision):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         commit = str(info.sha)
         files = wanted_files(info, repo_id)
-        total = sum(file.bytes for file in files)
+        total = sum(file.bytes or 0 for file in files)
         logger.info("%s at %s: %s", repo_id, commit[:7], readable_bytes(total))
         prepare_partial(partial, directory, files)
         with kept_when_interrupted(partial), removed_when_worthless(partial):
-            fetch(repo_id, commit, [file for file in files if file.name == "config.json"], partial)
+            config = [file for file in files if file.name == "config.json"]
+            fetch(repo_id, commit, config, partial, token)
             check_architecture(partial / "config.json")
             refuse_too_little_space(partial, total)
             with logged_progress(partial, total):
@@ -91,7 +95,7 @@ def download_model(repo_id: str, revision: str, directory: Path) -> HubSnapshot:
                     commit=commit,
                     token=token,
                 )
-                fetch(repo_id, commit, files, partial)
+                fetch(repo_id, commit, files, partial, token)
     described = {file.name: check_file(partial / file.name, file, repo_id) for file in files}
     verify_model_directory(partial)
     shutil.rmtree(partial / ".cache")
@@ -104,7 +108,7 @@ def wanted_files(info: ModelInfo, repo_id: str) -> list[HubFile]:
     files = [
         HubFile(
             name=sibling.rfilename,
-            bytes=sibling.size or 0,
+            bytes=sibling.size,
             sha256=sibling.lfs.sha256 if sibling.lfs else None,
             git_blob=sibling.blob_id,
         )
@@ -141,7 +145,9 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def fetch(repo_id: str, commit: str, files: list[HubFile], partial: Path) -> None:
+def fetch(
+    repo_id: str, commit: str, files: list[HubFile], partial: Path, token: str | bool
+) -> None:
     """Download files that are not in `partial` yet."""
     snapshot_download(
         repo_id,
@@ -149,7 +155,7 @@ def fetch(repo_id: str, commit: str, files: list[HubFile], partial: Path) -> Non
         local_dir=partial,
         allow_patterns=[glob.escape(file.name) for file in files],
         max_workers=FILES_AT_ONCE,
-        token=os.environ.get("HF_TOKEN") or False,
+        token=token,
     )
 
 
@@ -213,11 +219,12 @@ def check_file(path: Path, file: HubFile, repo_id: str) -> dict[str, Any]:
     expected, actual = (
         (file.sha256, sha256) if file.sha256 else (file.git_blob, git_blob_digest(path))
     )
-    if size != file.bytes or (expected and actual != expected):
+    if (file.bytes is not None and size != file.bytes) or (expected and actual != expected):
         path.unlink()
+        stated = "" if file.bytes is None else f"{file.bytes:,} bytes and "
         raise InputError(
             f"{repo_id}: {file.name} arrived damaged: {size:,} bytes with digest {actual}; the Hub"
-            f" says {file.bytes:,} bytes and {expected}. It was deleted: run the same command again"
+            f" says {stated}{expected}. It was deleted: run the same command again"
         )
     return {"bytes": size, "sha256": sha256}
 

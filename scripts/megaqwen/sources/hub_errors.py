@@ -1,6 +1,7 @@
 """What the Hub's client raises, said as one message: what, where, and what to do."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
@@ -67,8 +68,13 @@ def explain(error: Exception, api: HfApi, repo_id: str, revision: str) -> str | 
                 f"the Hub at {api.endpoint} cannot be reached ({type(error).__name__}: {error});"
                 f" check the network, the proxy and HF_ENDPOINT; {TRY_AGAIN}"
             )
-        case FileMetadataError():
-            return f"{api.endpoint} does not answer as a Hugging Face Hub: {first_line(error)}"
+        case FileMetadataError() | json.JSONDecodeError():
+            return (
+                f"{api.endpoint} does not answer as a Hugging Face Hub ({first_line(error)}): check"
+                " HF_ENDPOINT, and whether a proxy wants a login"
+            )
+        case FileNotFoundError() if str(error.filename).endswith(".incomplete"):
+            return f"{repo_id}: another download into the same place took {error.filename}"
         case HFValidationError():
             return f"model.repo_id: {first_line(error)}"
         case OSError() if "Consistency check failed" in str(error):
@@ -112,7 +118,21 @@ def existing_refs(api: HfApi, repo_id: str) -> str:
 
 def has_token() -> bool:
     """Whether the environment has a token."""
-    return bool(os.environ.get("HF_TOKEN"))
+    return bool(environment_token())
+
+
+def environment_token() -> str:
+    """HF_TOKEN without what a file leaves around it; empty where it is not set.
+
+    Raises:
+        InputError: No header can carry it. It is not quoted: a log is no place for it.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise InputError(
+            "HF_TOKEN holds a character that no token has, such as a line's end: set it again"
+        )
+    return token
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megaqwen.errors import InputError
-from megaqwen.provenance import read_json, sha256_file
+from megaqwen.provenance import make_again, read_json, sha256_file
 
 
 def stage_manifest(directory: Path, stage: str) -> Path | None:
@@ -39,17 +39,17 @@ def recorded_digests(directory: Path, stage: str) -> dict[Path, str]:
         files = read_json(manifest)["results"]["files"] if manifest else {}
         return {directory / name: of["sha256"] for name, of in files.items() if "sha256" in of}
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{manifest} is damaged: run {stage} again") from error
+        raise InputError(f"{manifest} is damaged: {make_again(stage)}") from error
 
 
 def check_digest(path: Path, digest: str, stage: str) -> None:
     """InputError unless a file is there and is what a stage recorded."""
     if not path.is_file():
-        raise InputError(f"{path} is missing, which {stage} recorded; run {stage} again")
+        raise InputError(f"{path} is missing, which {stage} recorded: {make_again(stage)}")
     if sha256_file(path) != digest:
         raise InputError(
-            f"{path} is damaged: its SHA-256 is not the one that {stage} recorded;"
-            f" remove it and run {stage} again"
+            f"{path} is damaged: its SHA-256 is not the one that {stage} recorded."
+            f" To make it again: {make_again(stage)}"
         )
 
 

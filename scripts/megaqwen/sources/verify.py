@@ -98,15 +98,18 @@ def has_weights(directory: Path) -> bool:
 
 
 def find_shards(directory: Path) -> dict[str, set[str]]:
-    """The safetensors files of a model, each with the tensors that the index expects in it."""
-    if not (directory / INDEX_FILE).is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise InputError(
-                f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}:"
-                " only safetensors weights are read"
-            )
+    """The safetensors files of a model, each with the tensors that the index expects in it.
+
+    Where there is a single file it is taken, as transformers does, though older shards lie beside it.
+    """
+    if (directory / SINGLE_FILE).is_file():
         return {SINGLE_FILE: set()}
     index_file = directory / INDEX_FILE
+    if not index_file.is_file():
+        raise InputError(
+            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}:"
+            " only safetensors weights are read"
+        )
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megaqwen.checkpoints import TRACKER, damage, is_finished, iteration_name, tracked_iteration
 from megaqwen.errors import InputError
+from megaqwen.provenance import make_again
 from megaqwen.weights.mapping import Transfer
 from megaqwen.weights.saved_tensors import read_saved_tensor
 from megaqwen.weights.writing import RELEASE
@@ -54,7 +55,7 @@ def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
     if wrong := damage(found, "sizes"):
         raise InputError(
             f"{found} is damaged: {'; '.join(wrong)}. To train it again from the newest whole"
-            " checkpoint before it: snakemake --forcerun train"
+            f" checkpoint before it: {make_again('train')}"
         )
     return found
 
