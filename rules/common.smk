@@ -8,10 +8,12 @@ from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.data.gone import with_those_gone
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
-from megaqwen.provenance import check_writable
+from megaqwen.provenance import check_writable, read_json
 from megaqwen.runs import read_runs
 from megaqwen.sources.local import files_that_are_read
 from megaqwen.stale_lock import remove_stale_lock
+
+STORED_CONFIG = "MEGAQWEN_STORED_CONFIG"  # the file that jobs read
 
 if command := own_command(sys.argv, os.environ):
     os.execvp("sh", ["sh", "-c", command])
@@ -20,7 +22,10 @@ try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
     # Not Snakemake's own merge of them: it keeps a hub's fields in a model of another source.
     overrides = workflow.config_settings.config
-    RUNS = read_runs(Path("config/config.yaml"), overrides, overlay_files)
+    if workflow.is_main_process or STORED_CONFIG not in os.environ:
+        RUNS = read_runs(Path("config/config.yaml"), overrides, overlay_files)
+    else:  # a job that waited in a queue: the config's files may be another run's by now
+        RUNS = read_runs(Path(os.environ[STORED_CONFIG]))
     if workflow.is_main_process:
         RUNS.check()  # a job looks at its own run's alone
     check_writable(RUNS.results, named_by="results")
@@ -108,6 +113,13 @@ def is_made(directory):
     To see that they are gone it has to be given them.
     """
     return (directory / "manifest.json").is_file()
+
+
+def made_digest(directory):
+    """What determined the result that is there; None where there is none."""
+    if not is_made(directory):
+        return None
+    return read_json(directory / "manifest.json").get("config_digest")
 
 
 def shard_manifests(wildcards):

@@ -9,6 +9,7 @@ from megaqwen.summary import failed_lines
 from megaqwen.training.attempts import check_retry, check_started
 from megaqwen.training.earlier_job import wait_for_earlier_jobs
 from megaqwen.training.launch import Allocation
+from snakemake.io import IOFile
 
 PLANNED_TRIES = {}  # of each training: how often it had started by each of them
 GIVEN_UP = set()  # runs of a sweep whose training gets nowhere
@@ -22,20 +23,48 @@ def rank_command(wildcards, resources):
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
     layout = layout_of(wildcards)
+    made = made_digest(layout.run / "train")
+    if made is None or is_forced("train"):
+        check_fits(layout, resources)
+    elif made != layout.stage_digest("train"):
+        refuse_unknown(layout.run / "train")
+        check_fits(layout, resources)
+    # Else it is trained: on how many ranks is no question.
+    return f"python {SCRIPTS / 'launch.py'} --verify {layout.config.checkpoints.verify}"
+
+
+def is_forced(rule):
+    """Whether it is to run in any case."""
+    settings = workflow.dag_settings
+    return settings.forceall or rule in settings.forcerun
+
+
+def refuse_unknown(made):
+    """WorkflowError for a result of another config that Snakemake has no record of: it would keep it."""
+    manifest = IOFile(str(made / "manifest.json"))
+    if workflow.is_main_process and not workflow.persistence.metadata(manifest):
+        raise WorkflowError(
+            f"{made} was made with another config, and the .snakemake of this directory does not know of it:"
+            f" add --forcerun {made.name} to make it again with this one, or give the run another name"
+        )
+
+
+def check_fits(layout, resources):
+    """WorkflowError where the training does not fit on the ranks that it would get."""
     try:
         known = known_hf_config(layout)  # of a Hub model not before it is there
     except InputError as error:
         raise WorkflowError(str(error)) from None
     to_check = known or not is_made(layout.run / "train")
     # Resources are not resolved yet when Snakemake asks for the first time.
-    if to_check and isinstance(resources.get("nodes"), int):
-        world_size = resources.nodes * resources.ranks_per_node
-        mistakes = check_model_fits(layout.config, known or None, world_size)
-        if resources.get("launcher") == "torchrun" and not can_train_on_gpu():
-            mistakes += map(str, cpu_mistakes(layout.config.train))
-        if mistakes:
-            raise WorkflowError("this training does not fit:", *mistakes)
-    return f"python {SCRIPTS / 'launch.py'} --verify {layout.config.checkpoints.verify}"
+    if not to_check or not isinstance(resources.get("nodes"), int):
+        return
+    world_size = resources.nodes * resources.ranks_per_node
+    mistakes = check_model_fits(layout.config, known or None, world_size)
+    if resources.get("launcher") == "torchrun" and not can_train_on_gpu():
+        mistakes += map(str, cpu_mistakes(layout.config.train))
+    if mistakes:
+        raise WorkflowError("this training does not fit:", *mistakes)
 
 
 def parity_ranks(wildcards):

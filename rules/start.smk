@@ -23,6 +23,7 @@ def start():
             True  # a run that fails keeps no other from going on
         )
     store_configs(RUNS)
+    os.environ[STORED_CONFIG] = str(RUNS.directory / "config.yaml")
     record_running(STATE)
     wait_for_earlier_training([RUNS.layout(name) for name in RUNS.names])
 

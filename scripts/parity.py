@@ -47,17 +47,19 @@ def parity(arguments: argparse.Namespace) -> None:
     )
     existing(arguments.model / "config.json", "download")
     rank = rank_from_environment()
-    if rank.speaks:
-        arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
     inputs = {"model": arguments.model.parent / "manifest.json"}
     if arguments.checkpoint_manifest:
         inputs["checkpoint"] = arguments.checkpoint_manifest
-    if arguments.gate and (verdict := same_verdict(arguments.gate, record, inputs)):
+    verdict = same_verdict(arguments.gate, record, inputs) if arguments.gate else None
+    if not verdict:
+        check_ranks(config.train, rank.world_size)
+    if rank.speaks:
+        arguments.output.unlink(missing_ok=True)  # no earlier verdict stands for this one
+    if verdict:
         if rank.speaks:
             write_json(arguments.output, verdict)
             logger.info("parity after %s: passed at the gate already", arguments.crossing)
         return
-    check_ranks(config.train, rank.world_size)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Float32 on the CPU is the same arithmetic everywhere: a GPU of the machine is asked for training's
     # dtype alone, by a process of its own.

@@ -5,6 +5,7 @@ that has one is complete.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -127,18 +128,41 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name; it takes its real name when the block ends well.
 
     An earlier directory of that name is replaced. After an error nothing is left behind, and the
-    earlier directory is untouched.
+    earlier directory is untouched. What a killed process left is removed, and what another one is
+    still filling is not: it holds a lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{path.name}.partial-*"):
-        shutil.rmtree(abandoned)
+        with contextlib.suppress(FileNotFoundError), locked(abandoned) as is_ours:
+            if is_ours:
+                shutil.rmtree(abandoned)
     partial = temporary_sibling(path)
     partial.mkdir()
     try:
-        yield partial
-        publish_directory(partial, path)
+        with locked(partial):
+            yield partial
+            publish_directory(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Hold a directory's lock; False where another process does.
+
+    A filesystem without locks of directories is as one where nobody holds any.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    except OSError:
+        yield True
+    else:
+        yield True
+    finally:
+        os.close(handle)
 
 
 def publish_directory(partial: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megaqwen.config import Config
+from megaqwen.config.reading import ConfigDumper
 from megaqwen.errors import STOPPED
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json, write_text
@@ -23,7 +24,7 @@ def resolved_yaml(config: Config) -> str:
 
 def as_yaml(values: Any) -> str:
     """Values as the text of a config file."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def store_configs(runs: Runs) -> None:

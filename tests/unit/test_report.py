@@ -335,7 +335,11 @@ def test_the_verification_card_lies_with_the_run_and_beside_the_export(run: Run)
         "verdict": "passed",
     }
     assert found["positions"] == 9 and found["peak_memory_gib"] > 0 and found["versions"]["torch"]
-    assert found["command"].startswith("python scripts/") and found["date"] and "commit" in found
+    assert found["date"] and "commit" in found
+    # Its ranks are started, and the verdict that is there stays.
+    launch = "python scripts/launch.py --ranks-per-node 1 --log parity.log scripts/"
+    assert found["command"].startswith(launch)
+    assert found["command"].endswith(" --output parity-export.json")
 
 
 def test_the_differences_are_drawn_for_each_crossing(run: Run, text: str) -> None:

@@ -16,13 +16,13 @@ import yaml
 from commands import ROOT, run_script
 from megaqwen.array_jobs import OPTION, ArraySettings, array_mistakes, own_command
 from megaqwen.config import load_config
-from megaqwen.config.reading import ConfigError
+from megaqwen.config.reading import ConfigError, read_yaml
 from megaqwen.layout import Layout
 from megaqwen.provenance import read_json, sha256_file, write_json
 from megaqwen.report.sweep import cell
 from megaqwen.runs import Runs, read_runs
 from megaqwen.submitted_jobs import forgets_too_soon, remembered_seconds
-from megaqwen.summary import ended_lines, failed_lines_of_all, store_configs
+from megaqwen.summary import as_yaml, ended_lines, failed_lines_of_all, store_configs
 from megaqwen.sweep_table import results, sweep_rows
 
 GRID = {"train.lr": [1.0e-3, 2.0e-3], "train.seed": [1, 2]}
@@ -68,6 +68,13 @@ def test_named_runs_and_what_all_have_in_common() -> None:
     assert small.model != qwen2.model and len(found.each("model")) == 2
     # The first run that has a key stands for all that have.
     assert found.layout_of({"model": qwen2.model.name}) is qwen2
+
+
+@pytest.mark.parametrize("text", ["1e-3", "12:30", "12e4567", "true", "007"])
+def test_a_text_that_looks_like_a_number_is_stored_as_a_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(as_yaml({"run": text, "texts": [text]}))
+    assert read_yaml(path) == {"run": text, "texts": [text]}
 
 
 def test_no_sweep_is_one_run_with_the_paths_that_it_has_alone() -> None:

@@ -163,6 +163,15 @@ def test_training_without_evaluations(workspace: Workspace, changes: dict[str, A
     assert (results["validation_loss"] is None) == (changes["eval_iters"] == 0)
 
 
+def test_a_verdict_stays_where_parity_cannot_start(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config("two-ranks", {"tensor_model_parallel_size": 2})
+    verdict = tmp_path / "parity.json"
+    verdict.write_text("{}")
+    done = run_script("parity.py", *words(workspace, "parity", config=config, output=verdict))
+    assert done.returncode == 2 and "takes 2 ranks" in done.stdout
+    assert verdict.read_text() == "{}"
+
+
 def test_parity_needs_no_held_out_documents(workspace: Workspace, tmp_path: Path) -> None:
     parity = {"held_out_documents": 0, "texts": ["Some words."]}
     data = {"split": [98, 2, 0]}

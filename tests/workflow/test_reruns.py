@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from checkout import Checkout, copy_repository, overlay, put_stubs
 
+from megaqwen.config import load_config
+from megaqwen.config.tiny_shapes import tiny_hf_config
+from megaqwen.layout import Layout
+
 CORPUS = {"name": "lines", "source": "files", "files": ["data/*.jsonl"], "text_field": "text"}
 BASE: dict[str, Any] = {
     "model": {"source": "hub", "repo_id": "Qwen/Qwen3-0.6B", "revision": "main"},
@@ -253,6 +257,55 @@ def test_a_new_recipe_of_a_stage(checkout: Checkout, stage: str) -> None:
     lines[line] = f'    "{stage}": 99,\n'
     path.write_text("".join(lines))
     assert checkout.plan("all", "--configfile", "base.yaml") == again[stage]
+
+
+@pytest.fixture
+def digested(checkout: Checkout) -> Checkout:
+    """Its training's manifest tells the config's digest, as a real one does."""
+    run = checkout.directory / "results" / "runs" / "default"
+    layout = Layout(config=load_config(run / "config.yaml"))
+    manifest = run / "train" / "manifest.json"
+    made = manifest.stat()
+    digest = {"config_digest": layout.stage_digest("train")}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **digest}))
+    os.utime(manifest, ns=(made.st_atime_ns, made.st_mtime_ns))
+    hf = checkout.directory / layout.model / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(tiny_hf_config("qwen3")))
+    return checkout
+
+
+def test_a_training_that_is_done_need_not_fit_other_ranks(digested: Checkout) -> None:
+    ranks = ("--set-resources", "train:ranks_per_node=3")
+    assert digested.plan("all", "--configfile", "base.yaml", *ranks) == set()
+    words = ("--profile", "local", "-n", "all", "--configfile", "base.yaml", *ranks)
+    done = digested.snakemake(*words, "--forcerun", "train")
+    assert done.returncode != 0 and "this training does not fit" in done.stdout
+
+
+def test_another_config_is_noticed_where_snakemake_has_no_record(digested: Checkout) -> None:
+    shutil.rmtree(digested.directory / ".snakemake")
+    given = (
+        "--configfile",
+        overlay(digested, "lr.yaml", **{**BASE, "train": {**BASE["train"], "lr": 1}}),
+    )
+    assert digested.plan("all", "--configfile", "base.yaml") == set()
+    done = digested.snakemake("--profile", "local", "-n", "all", *given)
+    assert done.returncode != 0
+    assert "train was made with another config" in done.stdout
+    assert "add --forcerun train" in done.stdout
+    assert digested.plan("all", *given, "--forcerun", "train") == TRAIN
+
+
+def test_a_job_that_waited_runs_the_config_that_it_was_submitted_with(checkout: Checkout) -> None:
+    overlay(checkout, "base.yaml", **BASE, run="another")
+    words = ("--profile", "local", "--configfile", "base.yaml", "--target-jobs", "train:")
+    job = ("--mode", "remote", "-n", "-p", "--force", *words)
+    stored = {"MEGAQWEN_STORED_CONFIG": "results/runs/default/config.yaml"}
+    done = checkout.snakemake(*job, environment=stored)
+    assert done.returncode == 0, done.stdout
+    assert "--output results/runs/default/train" in done.stdout
+    assert "another" not in done.stdout
 
 
 def test_the_number_of_ranks_and_nodes_retrains_nothing(finished: Checkout) -> None:

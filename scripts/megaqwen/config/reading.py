@@ -33,8 +33,13 @@ class ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes the texts that `ConfigLoader` would take for numbers."""
+
+
 # PyYAML follows YAML 1.1, where a float needs a dot: it reads 1e-3 as a text.
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+for each in (ConfigLoader, ConfigDumper):
+    each.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -37,9 +37,7 @@ def crossing_card(manifest: Manifest) -> dict[str, Any]:
     return {
         "verdict": results["verdict"],
         "date": manifest["finished"],
-        "command": " ".join(
-            ("python", f"scripts/{manifest['command'][0]}", *manifest["command"][1:])
-        ),
+        "command": command_again(manifest),
         "commit": commit,
         "versions": dict(manifest["versions"]),
         "seconds": manifest["seconds"],
@@ -49,6 +47,22 @@ def crossing_card(manifest: Manifest) -> dict[str, Any]:
         **({"ranks": results["ranks"]["ranks"]} if "ranks" in results else {}),
         "not_measured": results.get("unmeasured", {}),
     }
+
+
+def command_again(manifest: Manifest) -> str:
+    """What measures it again, on the same number of ranks, into files of its own."""
+    script, *words = manifest["command"]
+    given, kept = iter(words), []
+    for word in given:
+        if word in ("--gate", "--log", "--output"):
+            next(given)
+        else:
+            kept.append(word)
+    results = manifest["results"]
+    ranks = results.get("ranks", {}).get("ranks", 1)
+    launch = ("python scripts/launch.py --ranks-per-node", str(ranks), "--log parity.log")
+    output = ("--output", f"parity-{results['crossing']}.json")
+    return " ".join((*launch, f"scripts/{script}", *kept, *output))
 
 
 def gate_card(gate: Mapping[str, Any]) -> dict[str, Any]:
