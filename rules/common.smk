@@ -4,6 +4,7 @@ import sys
 import time
 
 from megaqwen.array_jobs import own_command
+from megaqwen.config.loading import as_written
 from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.data.gone import with_those_gone
 from megaqwen.environment import put_this_python_first
@@ -21,7 +22,7 @@ if command := own_command(sys.argv, os.environ):
 try:
     overlay_files = [Path(path) for path in workflow.overwrite_configfiles or []]
     # Not Snakemake's own merge of them: it keeps a hub's fields in a model of another source.
-    overrides = workflow.config_settings.config
+    overrides = as_written(workflow.config_settings.config, sys.argv)
     if workflow.is_main_process or STORED_CONFIG not in os.environ:
         RUNS = read_runs(Path("config/config.yaml"), overrides, overlay_files)
     else:  # a job that waited in a queue: the config's files may be another run's by now

@@ -116,6 +116,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def is_of(manifest: Path, digest: str) -> bool:
+    """Whether a stage's result is there and is not that of another config."""
+    return manifest.is_file() and read_json(manifest).get("config_digest", digest) == digest
+
+
 def end_last_line(file: Path) -> None:
     """End a line that a kill cut short, so that the next one does not become part of it."""
     if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):

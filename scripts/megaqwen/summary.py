@@ -11,7 +11,7 @@ from megaqwen.config import Config
 from megaqwen.config.reading import ConfigDumper
 from megaqwen.errors import STOPPED
 from megaqwen.layout import Layout
-from megaqwen.provenance import read_json, write_text
+from megaqwen.provenance import is_of, read_json, write_text
 from megaqwen.runs import Runs
 from megaqwen.sweep_table import sweep_lines
 from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM, rank_of
@@ -52,20 +52,20 @@ def ended_lines(runs: Runs) -> list[str]:
 def run_lines(layout: Layout) -> list[str]:
     """The parity verdict and the places of the results, as far as they were made."""
     lines = []
+    trained = is_of(layout.run / "train" / "manifest.json", layout.stage_digest("train"))
     for crossing in ("convert", "export"):
         verdict = layout.run / "parity" / crossing / "parity.json"
-        if verdict.is_file():
+        if is_of(verdict, layout.stage_digest("parity")) and (trained or crossing == "convert"):
             results = read_json(verdict)["results"]
             worst = next(gate for gate in results["gates"] if gate["name"] == "logits")
             lines.append(
                 f"parity after {crossing}: {results['verdict']}"
                 f" (logits within {worst['value']:.1e} at {results['positions']} positions)"
             )
-    places = {
-        "report": layout.run / "report" / "report.html",
-        "exported model": layout.run / "export" / "hf",
-        "checkpoint": layout.checkpoints,
-    }
+    places = {"checkpoint": layout.checkpoints}
+    if trained:  # else these are of another config
+        report, export = layout.run / "report" / "report.html", layout.run / "export" / "hf"
+        places = {"report": report, "exported model": export, **places}
     lines += [f"{name + ':':15} {path}" for name, path in places.items() if path.exists()]
     return lines
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from snakemake.cli import parse_config
 
 from megaqwen.config import ConfigError, load_config, merge_overlay, validate_config
 from megaqwen.config.checks import check_model_fits
 from megaqwen.config.cpu import cpu_mistakes
+from megaqwen.config.loading import as_written
 from megaqwen.config.managed_options import BY_GROUP, BY_PREFIX, REASON_BY_NAME, reason_not_to_set
 from megaqwen.config.megatron_options import (
     WrongValue,
@@ -279,6 +281,14 @@ def test_values_from_the_command_line_have_no_types(base: Path) -> None:
     assert (config.run, config.data.split) == ("7", [90, 5, 5])
     assert [config.train[name] for name in overlay["train"]] == [1e-3, 20, True]
     assert config.train["min_lr"] == 2e-4
+
+
+@pytest.mark.parametrize("run", ["012", "2024_11_05", "7"])
+def test_a_run_is_named_as_it_is_written(base: Path, run: str) -> None:
+    read = parse_config([f"run={run}"])
+    assert isinstance(read["run"], int), "Snakemake takes it for a number"
+    words = ["snakemake", "--config", f"run={run}"]
+    assert load_config(base, as_written(read, words)).run == run
 
 
 # Canonical options

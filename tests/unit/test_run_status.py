@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megaqwen.config import load_config
 from megaqwen.layout import Layout
 from megaqwen.provenance import write_json
 from megaqwen.run_status import run_status
-from megaqwen.summary import failed_lines
+from megaqwen.summary import failed_lines, run_lines
 from megaqwen.training.attempts import next_attempt, record_start
 from megaqwen.training.logs import MORE_MEMORY, LaunchLog
 
@@ -76,6 +77,26 @@ def test_a_run_that_failed_and_one_that_is_done(results: Path) -> None:
         write_json(results / "runs" / "trains" / name, {})
     row = words(status(results, "trains")[1])
     assert row == ["trains", "done", "77", "gpu[003-004]", "80/320", "5"]
+
+
+def test_a_run_is_done_with_its_own_config_alone(results: Path) -> None:
+    run = results / "runs" / "trains"
+    layout = Layout(config=load_config(run / "config.yaml"))
+    passed = {"verdict": "passed", "gates": [{"name": "logits", "value": 1e-6}], "positions": 9}
+    for name in ("train/manifest.json", "export/manifest.json", "report/report.html"):
+        write_json(run / name, {})
+    for crossing in ("convert", "export"):
+        write_json(run / "parity" / crossing / "parity.json", {"results": passed})
+    (run / "export" / "hf").mkdir()
+    said = run_lines(layout)
+    assert len(said) == 5 and said[1].startswith("parity after export: passed")
+    write_json(run / "train" / "manifest.json", {"config_digest": "of another learning rate"})
+    assert run_status(run).stage == "train running"
+    assert run_lines(layout) == [said[0], said[-1]]  # the crossing before training, checkpoints
+    write_json(run / "train" / "manifest.json", {"config_digest": layout.stage_digest("train")})
+    assert run_lines(layout) == said
+    shutil.rmtree(results / "shared")
+    assert run_status(run).stage == "done"
 
 
 def test_a_shard_at_work_and_one_that_failed(results: Path) -> None:

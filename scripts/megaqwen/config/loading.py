@@ -111,6 +111,20 @@ def with_types(base: Mapping[str, Any], overlay: dict[str, Any]) -> dict[str, An
     return mend_types(overlay, mistakes) if mistakes else overlay
 
 
+def as_written(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Values of `--config` with whole numbers as the command line writes them: 012 is a name, too.
+
+    Args:
+        values: What Snakemake read.
+        words: Those of the command line.
+    """
+    written = dict(word.split("=", 1) for word in words if "=" in word)
+    return {
+        name: written[name].strip("'\"") if type(value) is int and name in written else value
+        for name, value in values.items()
+    }
+
+
 def mend_types(overlay: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Any]:
     """`overlay` with texts as the numbers that they write, and the reverse, where that was wrong.
 
