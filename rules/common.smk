@@ -9,12 +9,12 @@ from megaqwen.data.files import FilesGone, corpus_files
 from megaqwen.data.gone import with_those_gone
 from megaqwen.environment import put_this_python_first
 from megaqwen.errors import InputError
-from megaqwen.provenance import check_writable, read_json
+from megaqwen.provenance import check_writable, read_json, sha256_file
 from megaqwen.runs import read_runs
 from megaqwen.sources.local import files_that_are_read
 from megaqwen.stale_lock import remove_stale_lock
 
-STORED_CONFIG = "MEGAQWEN_STORED_CONFIG"  # the file that jobs read
+STORED_CONFIG = "MEGAQWEN_STORED_CONFIG"  # SHA-256 and path of the file that jobs read
 
 if command := own_command(sys.argv, os.environ):
     os.execvp("sh", ["sh", "-c", command])
@@ -26,7 +26,12 @@ try:
     if workflow.is_main_process or STORED_CONFIG not in os.environ:
         RUNS = read_runs(Path("config/config.yaml"), overrides, overlay_files)
     else:  # a job that waited in a queue: the config's files may be another run's by now
-        RUNS = read_runs(Path(os.environ[STORED_CONFIG]))
+        stored, given = os.environ[STORED_CONFIG].split(maxsplit=1)
+        if sha256_file(Path(given)) != stored:
+            raise InputError(
+                f"{given} was replaced since this job was submitted: its run was started again"
+            )
+        RUNS = read_runs(Path(given))
     if workflow.is_main_process:
         RUNS.check()  # a job looks at its own run's alone
     check_writable(RUNS.results, named_by="results")

@@ -34,9 +34,10 @@ def launch_command(wildcards, resources):
 
 
 def is_forced(rule):
-    """Whether it is to run in any case."""
+    """Whether the command line says that it is to run in any case."""
     settings = workflow.dag_settings
-    return settings.forceall or rule in settings.forcerun
+    target = settings.forcetargets and rule in settings.targets
+    return settings.forceall or target or rule in settings.forcerun
 
 
 def refuse_unknown(made):
@@ -44,7 +45,7 @@ def refuse_unknown(made):
     manifest = IOFile(str(made / "manifest.json"))
     if workflow.is_main_process and not workflow.persistence.metadata(manifest):
         raise WorkflowError(
-            f"{made} was made with another config, and the .snakemake of this directory does not know of it:"
+            f"{made} was made with another config, or by another version, of which .snakemake has no record:"
             f" add --forcerun {made.name} to make it again with this one, or give the run another name"
         )
 

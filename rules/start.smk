@@ -6,6 +6,7 @@ from megaqwen.array_jobs import ArraySettings, array_mistakes
 from megaqwen.config.rank_options import ranks_of_layout
 from megaqwen.environment import INSTALL_TRANSFORMER_ENGINE, has_transformer_engine
 from megaqwen.errors import InputError
+from megaqwen.provenance import sha256_file
 from megaqwen.stale_lock import record_running
 from megaqwen.submitted_jobs import forgets_too_soon, remembered_seconds, watch_jobs
 from megaqwen.summary import ended_lines, failed_lines_of_all, store_configs
@@ -23,15 +24,23 @@ def start():
             True  # a run that fails keeps no other from going on
         )
     store_configs(RUNS)
-    os.environ[STORED_CONFIG] = str(RUNS.directory / "config.yaml")
+    stored = RUNS.directory / "config.yaml"
+    os.environ[STORED_CONFIG] = f"{sha256_file(stored)} {stored}"
     record_running(STATE)
     wait_for_earlier_training([RUNS.layout(name) for name in RUNS.names])
 
 
 def check_training_can_start():
     """A training that would wait in a queue, to fail there, is refused before anything runs."""
-    if not any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
+    trainings = [job for job in workflow.dag.needrun_jobs() if job.rule.name == "train"]
+    if not trainings:
         return
+    for (
+        job
+    ) in (
+        trainings
+    ):  # one that is done is not looked at in the plan, and its inputs may be made again
+        check_fits(layout_of(job.wildcards), job.resources)
     if workflow.non_local_exec and not train_setting("launcher", ""):
         raise WorkflowError(
             "nothing says how the ranks of training are started on the cluster (set-resources: train: launcher:"

@@ -25,7 +25,7 @@ logger = logging.getLogger("megaqwen.report")
 def report(arguments: argparse.Namespace) -> None:
     """Run the stage."""
     config = load_config(arguments.config)
-    manifests = [read_json(existing(path, "all")) for path in arguments.manifests]
+    manifests = [read_json(existing(path, "report")) for path in arguments.manifests]
 
     from megaqwen.report import figures, pages
     from megaqwen.report.attempts import attempts_section

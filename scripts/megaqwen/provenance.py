@@ -54,8 +54,8 @@ def sha256_file(path: Path) -> str:
 
 
 def make_again(stage: str) -> str:
-    """The command that makes a stage's result anew, whatever is there."""
-    return f"snakemake --profile PROFILE {stage} --forcerun {stage}"
+    """The command that makes a stage's result anew, whatever is there; also in a sweep."""
+    return f"snakemake --profile PROFILE all --forcerun {stage}"
 
 
 def existing(path: Path, stage: str) -> Path:
@@ -116,9 +116,23 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def is_of(manifest: Path, digest: str) -> bool:
-    """Whether a stage's result is there and is not that of another config."""
-    return manifest.is_file() and read_json(manifest).get("config_digest", digest) == digest
+def stands(manifest: Path, digest: str, **made_of: Path) -> bool:
+    """Whether a stage's result is there, and is not that of another config or of other inputs.
+
+    Args:
+        manifest: Its own.
+        digest: Of the config's part that the stage depends on.
+        made_of: Manifests of the stages before it, as it names them; one that is gone says nothing.
+    """
+    if not manifest.is_file():
+        return False
+    found = read_json(manifest)
+    inputs = found.get("inputs", {})
+    return found.get("config_digest", digest) == digest and all(
+        inputs[name]["sha256"] == sha256_file(path)
+        for name, path in made_of.items()
+        if name in inputs and path.is_file()
+    )
 
 
 def end_last_line(file: Path) -> None:
@@ -133,8 +147,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name; it takes its real name when the block ends well.
 
     An earlier directory of that name is replaced. After an error nothing is left behind, and the
-    earlier directory is untouched. What a killed process left is removed, and what another one is
-    still filling is not: it holds a lock.
+    earlier directory is untouched. What a killed process left is removed, and what another one of
+    this machine is still filling is not: it holds a lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{path.name}.partial-*"):

@@ -12,7 +12,7 @@ from megaqwen.config import load_config
 from megaqwen.config.rank_options import ranks_of_layout
 from megaqwen.errors import INTERRUPTED, STOPPED, InputError
 from megaqwen.layout import Layout
-from megaqwen.provenance import is_of, read_json
+from megaqwen.provenance import read_json, stands
 from megaqwen.runs import KEYS
 from megaqwen.summary import last_error
 from megaqwen.training.attempts import read_attempts
@@ -21,10 +21,6 @@ from megaqwen.training.metrics import read_metrics
 from megaqwen.words import duration
 
 JOB = "job.json"
-OF_THE_CONFIG = (
-    "train",
-    "export",
-)  # their directories are the run's: another config's may be there
 SHARED = frozenset(KEYS)
 AVERAGED = 20  # iterations, for the time left
 HEADER = ("run", "stage", "job", "nodes", "iteration", "loss", "left", "changed")
@@ -71,13 +67,21 @@ def run_status(directory: Path) -> RunStatus:
         "parity_export": directory / "parity" / "export" / "parity.json",
         "report": directory / "report" / "report.html",
     }
-    missing = [
-        name
-        for name, end in ends.items()
-        if not (is_of(end, layout.stage_digest(name)) if name in OF_THE_CONFIG else end.is_file())
-    ]
-    if SHARED.issuperset(missing):
+    missing = [name for name, end in ends.items() if not end.is_file()]
+    if SHARED.issuperset(missing) and not any(ends[name].parent.exists() for name in missing):
         missing = []  # what was removed when nothing needed it any more
+    # Another config's may be there, and stay until the stage's next job starts.
+    made = {
+        "train": stands(ends["train"], layout.stage_digest("train")),
+        "export": stands(ends["export"], layout.stage_digest("export"), train=ends["train"]),
+        "parity_export": stands(
+            ends["parity_export"],
+            layout.stage_digest("parity"),
+            checkpoint=ends["train"],
+            model=ends["export"],
+        ),
+    }
+    missing = [name for name in ends if name in missing or not made.get(name, True)]
     # parity_convert waits for nobody and nobody for it: of two, the other is what the run is at.
     stage = next((name for name in missing if name != "parity_convert"), None)
     if stage in (None, "report") and "parity_convert" in missing:

@@ -11,7 +11,7 @@ from megaqwen.config import Config
 from megaqwen.config.reading import ConfigDumper
 from megaqwen.errors import STOPPED
 from megaqwen.layout import Layout
-from megaqwen.provenance import is_of, read_json, write_text
+from megaqwen.provenance import read_json, stands, write_text
 from megaqwen.runs import Runs
 from megaqwen.sweep_table import sweep_lines
 from megaqwen.training.logs import MORE_MEMORY, NO_MEMORY, SLURM, rank_of
@@ -52,10 +52,16 @@ def ended_lines(runs: Runs) -> list[str]:
 def run_lines(layout: Layout) -> list[str]:
     """The parity verdict and the places of the results, as far as they were made."""
     lines = []
-    trained = is_of(layout.run / "train" / "manifest.json", layout.stage_digest("train"))
-    for crossing in ("convert", "export"):
+    train, export = (layout.run / name / "manifest.json" for name in ("train", "export"))
+    exported = stands(train, layout.stage_digest("train")) and stands(
+        export, layout.stage_digest("export"), train=train
+    )
+    made_of = {"convert": {"checkpoint": layout.megatron / "manifest.json"}}
+    if exported:
+        made_of["export"] = {"checkpoint": train, "model": export}
+    for crossing, inputs in made_of.items():
         verdict = layout.run / "parity" / crossing / "parity.json"
-        if is_of(verdict, layout.stage_digest("parity")) and (trained or crossing == "convert"):
+        if stands(verdict, layout.stage_digest("parity"), **inputs):
             results = read_json(verdict)["results"]
             worst = next(gate for gate in results["gates"] if gate["name"] == "logits")
             lines.append(
@@ -63,9 +69,9 @@ def run_lines(layout: Layout) -> list[str]:
                 f" (logits within {worst['value']:.1e} at {results['positions']} positions)"
             )
     places = {"checkpoint": layout.checkpoints}
-    if trained:  # else these are of another config
-        report, export = layout.run / "report" / "report.html", layout.run / "export" / "hf"
-        places = {"report": report, "exported model": export, **places}
+    if exported:  # else these are of another config
+        report, model = layout.run / "report" / "report.html", layout.run / "export" / "hf"
+        places = {"report": report, "exported model": model, **places}
     lines += [f"{name + ':':15} {path}" for name, path in places.items() if path.exists()]
     return lines
 

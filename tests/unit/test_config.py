@@ -287,8 +287,8 @@ def test_values_from_the_command_line_have_no_types(base: Path) -> None:
 def test_a_run_is_named_as_it_is_written(base: Path, run: str) -> None:
     read = parse_config([f"run={run}"])
     assert isinstance(read["run"], int), "Snakemake takes it for a number"
-    words = ["snakemake", "--config", f"run={run}"]
-    assert load_config(base, as_written(read, words)).run == run
+    for words in (["--config", f"run={run}"], [f"--config=run={run}"], [f"-Crun={run}"]):
+        assert load_config(base, as_written(read, ["snakemake", *words])).run == run
 
 
 # Canonical options

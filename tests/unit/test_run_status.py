@@ -95,6 +95,13 @@ def test_a_run_is_done_with_its_own_config_alone(results: Path) -> None:
     assert run_lines(layout) == [said[0], said[-1]]  # the crossing before training, checkpoints
     write_json(run / "train" / "manifest.json", {"config_digest": layout.stage_digest("train")})
     assert run_lines(layout) == said
+    assert run_status(run).stage == "done"
+    write_json(run / "export" / "manifest.json", {"inputs": {"train": {"sha256": "of another"}}})
+    assert run_lines(layout) == [said[0], said[-1]]
+    assert run_status(run).stage == "export waiting"
+    write_json(run / "export" / "manifest.json", {})
+    (layout.data / "manifest.json").unlink()
+    assert run_status(run).stage == "preprocess waiting"  # it is made again
     shutil.rmtree(results / "shared")
     assert run_status(run).stage == "done"
 

@@ -49,7 +49,7 @@ def test_a_damaged_file_of_convert_is_named(tiny_qwen3: Path, tmp_path: Path) ->
     done = run_script("export.py", *options(**words, checkpoint=checkpoint, output=output))
     assert done.returncode == 2, done.stdout
     expected = f"{damaged} is damaged: its SHA-256 is not the one that convert recorded"
-    command = "snakemake --profile PROFILE convert --forcerun convert"
+    command = "snakemake --profile PROFILE all --forcerun convert"
     assert f"{expected}. To make it again: {command}" in done.stdout
     assert not (output / "manifest.json").exists() and not list(output.glob("*hf*"))
 

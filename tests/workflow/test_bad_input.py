@@ -52,29 +52,29 @@ NO_STAGE: dict[tuple[str, str], str] = {
     (
         "preprocess",
         "model",
-    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun download)",
     (
         "train",
         "model",
-    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun download)",
     (
         "train",
         "checkpoint",
-    ): "run the stage that makes it (snakemake --profile PROFILE convert --forcerun convert)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun convert)",
     (
         "train",
         "data",
-    ): "run the stage that makes it (snakemake --profile PROFILE preprocess --forcerun preprocess)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun preprocess)",
     ("export", "checkpoint"): "no checkpoint",
     (
         "parity",
         "model",
-    ): "run the stage that makes it (snakemake --profile PROFILE download --forcerun download)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun download)",
     ("parity", "checkpoint"): "no checkpoint",
     (
         "parity",
         "data",
-    ): "run the stage that makes it (snakemake --profile PROFILE preprocess --forcerun preprocess)",
+    ): "run the stage that makes it (snakemake --profile PROFILE all --forcerun preprocess)",
     ("report", "manifests"): "run the stage that makes it",
 }
 

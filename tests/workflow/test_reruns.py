@@ -17,6 +17,7 @@ from checkout import Checkout, copy_repository, overlay, put_stubs
 from megaqwen.config import load_config
 from megaqwen.config.tiny_shapes import tiny_hf_config
 from megaqwen.layout import Layout
+from megaqwen.provenance import sha256_file
 
 CORPUS = {"name": "lines", "source": "files", "files": ["data/*.jsonl"], "text_field": "text"}
 BASE: dict[str, Any] = {
@@ -292,7 +293,7 @@ def test_another_config_is_noticed_where_snakemake_has_no_record(digested: Check
     assert digested.plan("all", "--configfile", "base.yaml") == set()
     done = digested.snakemake("--profile", "local", "-n", "all", *given)
     assert done.returncode != 0
-    assert "train was made with another config" in done.stdout
+    assert "train was made with another config, or by another version" in done.stdout
     assert "add --forcerun train" in done.stdout
     assert digested.plan("all", *given, "--forcerun", "train") == TRAIN
 
@@ -301,11 +302,15 @@ def test_a_job_that_waited_runs_the_config_that_it_was_submitted_with(checkout: 
     overlay(checkout, "base.yaml", **BASE, run="another")
     words = ("--profile", "local", "--configfile", "base.yaml", "--target-jobs", "train:")
     job = ("--mode", "remote", "-n", "-p", "--force", *words)
-    stored = {"MEGAQWEN_STORED_CONFIG": "results/runs/default/config.yaml"}
-    done = checkout.snakemake(*job, environment=stored)
+    config = checkout.directory / "results" / "runs" / "default" / "config.yaml"
+    given = f"{sha256_file(config)} results/runs/default/config.yaml"
+    done = checkout.snakemake(*job, environment={"MEGAQWEN_STORED_CONFIG": given})
     assert done.returncode == 0, done.stdout
     assert "--output results/runs/default/train" in done.stdout
     assert "another" not in done.stdout
+    config.write_text("run: default")
+    done = checkout.snakemake(*job, environment={"MEGAQWEN_STORED_CONFIG": given})
+    assert done.returncode != 0 and "was replaced since this job was submitted" in done.stdout
 
 
 def test_the_number_of_ranks_and_nodes_retrains_nothing(finished: Checkout) -> None:

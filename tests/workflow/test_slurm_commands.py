@@ -23,6 +23,7 @@ from checkout import (
 )
 
 from commands import ROOT
+from megaqwen.provenance import sha256_file
 
 RECORDER = f"""#!{sys.executable}
 import json, os, pathlib, subprocess, sys
@@ -201,6 +202,8 @@ def test_two_nodes_and_a_container(checkout: Checkout) -> None:
     )
     environment = json.loads((checkout.directory / "environment.json").read_text())
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0" and environment["OMP_NUM_THREADS"] == "1"
+    digest, stored = environment["MEGAQWEN_STORED_CONFIG"].split()  # by which its job was planned
+    assert sha256_file(checkout.directory / stored) == digest
     assert environment["MEGAQWEN_GPUS_PER_NODE"] == "8"
 
 

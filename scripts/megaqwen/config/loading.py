@@ -118,7 +118,8 @@ def as_written(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any
         values: What Snakemake read.
         words: Those of the command line.
     """
-    written = dict(word.split("=", 1) for word in words if "=" in word)
+    given = (word.removeprefix("--config=").removeprefix("-C") for word in words)
+    written = dict(word.split("=", 1) for word in given if "=" in word)
     return {
         name: written[name].strip("'\"") if type(value) is int and name in written else value
         for name, value in values.items()
