@@ -35,11 +35,8 @@ def check_training_can_start():
     trainings = [job for job in workflow.dag.needrun_jobs() if job.rule.name == "train"]
     if not trainings:
         return
-    for (
-        job
-    ) in (
-        trainings
-    ):  # one that is done is not looked at in the plan, and its inputs may be made again
+    # The plan does not look at one that is done, whose inputs may be made again.
+    for job in trainings:
         check_fits(layout_of(job.wildcards), job.resources)
     if workflow.non_local_exec and not train_setting("launcher", ""):
         raise WorkflowError(
