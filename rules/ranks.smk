@@ -23,13 +23,12 @@ def rank_command(wildcards, resources):
 def launch_command(wildcards, resources):
     """What starts the ranks, once it is known that the training fits on them."""
     layout = layout_of(wildcards)
-    made = made_digest(layout.run / "train")
-    if made is None or is_forced("train"):
+    made = None if is_forced("train") else made_digest(layout.run / "train")
+    # Where it is trained, on how many ranks is no question.
+    if made != layout.stage_digest("train"):
+        if made is not None:
+            refuse_unknown(layout.run / "train")
         check_fits(layout, resources)
-    elif made != layout.stage_digest("train"):
-        refuse_unknown(layout.run / "train")
-        check_fits(layout, resources)
-    # Else it is trained: on how many ranks is no question.
     return f"python {SCRIPTS / 'launch.py'} --verify {layout.config.checkpoints.verify}"
 
 

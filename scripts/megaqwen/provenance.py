@@ -174,12 +174,11 @@ def locked(directory: Path) -> Iterator[bool]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    except OSError:
-        yield True
-    else:
-        yield True
+        is_ours = True
+    except OSError as error:
+        is_ours = not isinstance(error, BlockingIOError)
+    try:
+        yield is_ours
     finally:
         os.close(handle)
 

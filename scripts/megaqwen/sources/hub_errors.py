@@ -56,7 +56,8 @@ def explain(error: Exception, api: HfApi, repo_id: str, revision: str) -> str | 
         case DisabledRepoError():
             return f"{repo_id}: the Hub has disabled access to this repository"
         case RepositoryNotFoundError():
-            token = "the token in HF_TOKEN may not see it" if has_token() else "HF_TOKEN is not set"
+            words = "the token in HF_TOKEN may not see it"
+            token = words if environment_token() else "HF_TOKEN is not set"
             return (
                 f"there is no model {repo_id} at {api.endpoint}: check model.repo_id;"
                 f" a private one needs a token ({token})"
@@ -84,7 +85,7 @@ def explain(error: Exception, api: HfApi, repo_id: str, revision: str) -> str | 
 
 def explain_gated(error: GatedRepoError, page: str, repo_id: str) -> str:
     """Access must be granted, or the token that shows it is missing."""
-    if not has_token():
+    if not environment_token():
         return (
             f"{repo_id} is gated and HF_TOKEN is not set: accept its terms at {page}, make a token"
             " at huggingface.co/settings/tokens, and set it as HF_TOKEN in the environment"
@@ -114,11 +115,6 @@ def existing_refs(api: HfApi, repo_id: str) -> str:
     branches = ", ".join(ref.name for ref in refs.branches[:REFS_NAMED]) or "none"
     tags = ", ".join(ref.name for ref in refs.tags[:REFS_NAMED]) or "none"
     return f"; branches: {branches}; tags: {tags}"
-
-
-def has_token() -> bool:
-    """Whether the environment has a token."""
-    return bool(environment_token())
 
 
 def environment_token() -> str:
