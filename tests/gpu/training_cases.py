@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
         **SMALL_ONE, accumulate=3, iterations=40, saves=True, options={**ASYNC, "save_interval": 20}
     ),
     "1.5b-long": Case(**SMALL_ONE, accumulate=32, iterations=5),
-    "1.5b-mbs6": Case(**{**SMALL_ONE, "micro": 6}, accumulate=21, iterations=5, options=LEAN),
+    "1.5b-mbs6": Case(**{**SMALL_ONE, "micro": 6}, accumulate=21, iterations=5),
     "1.5b-flash": Case(  # by FlashAttention, which is no dependency of ours
         **SMALL_ONE, accumulate=32, iterations=5, options={"attention_backend": "flash"}
     ),
