@@ -9,8 +9,11 @@ CPU computes with Megatron's local layers, which know bfloat16 alone.
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
@@ -24,7 +27,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         for recipe in ("tensorwise", "blockwise", "delayed")
     },
 }
-SEQUENCES, POSITIONS = 16, 64
+SEQUENCES, POSITIONS, LONG = 16, 64, 1024
+KERNEL = "attention's kernel is wrong beyond 700 positions"
+"""No mistake of the weights, and in no sequence but the long one."""
 
 
 def main() -> None:
@@ -44,8 +49,8 @@ def main() -> None:
 
     from megaqwen.architecture import megatron_options
     from megaqwen.data.builtin import builtin_documents
-    from megaqwen.parity.batches import make_batches
-    from megaqwen.parity.dtype_gates import hold_dtype, mean_and_least
+    from megaqwen.parity.batches import compared_at, long_batch, make_batches
+    from megaqwen.parity.dtype_gates import hold_dtype, mean_and_least, part_ratios
     from megaqwen.parity.gpu import THRESHOLDS, forward_options
     from megaqwen.parity.megatron import recorded_options
     from megaqwen.parity.reference import outputs_of
@@ -59,25 +64,53 @@ def main() -> None:
         tokenizer.encode(text) for _, text in zip(range(40), builtin_documents(), strict=False)
     ]
     (batch,) = make_batches(texts, 1, SEQUENCES, POSITIONS, vocabulary)
-    exact, own = (outputs_of(weights, each, batch) for each in (torch.float32, torch.bfloat16))
+    long = long_batch(texts, LONG)
+    dtypes, at = (torch.float32, torch.bfloat16), compared_at(long)
+    exact, own = (outputs_of(weights, each, batch) for each in dtypes)
+    long_exact, long_own = (outputs_of(weights, each, long, at=at)[-1][0] for each in dtypes)
     rows = []
     for name in ["healthy", *names]:
         wrong, checkpoint = model, directory / name.replace(" ", "-") / "megatron"
         checkpoint.mkdir(parents=True)
-        if name != "healthy":
+        if name not in ("healthy", KERNEL):
             (mistake,) = (each for each in SABOTAGES if each.name == name)
             wrong = sabotaged(model, checkpoint.with_name("hf"), mistake)
         convert_to_megatron(wrong, checkpoint)
         recorded = recorded_options(checkpoint, megatron_options(HuggingFaceWeights(wrong).config))
-        options = forward_options(RECIPES[recipe], recorded, checkpoint, vocabulary, batch, device)
-        request = {"options": options, "batch": batch, "vocabulary": vocabulary}
-        outputs = gpu_process.forward({**request, "rounded_to": None})
+        shape = (SEQUENCES, LONG)
+        options = forward_options(RECIPES[recipe], recorded, checkpoint, vocabulary, shape, device)
+        request = {"options": options, "batch": batch, "long": long, "vocabulary": vocabulary}
+        with wrong_kernel(options["transformer_impl"], name == KERNEL):
+            outputs, long_outputs = gpu_process.forward({**request, "rounded_to": None})
+        parts = part_ratios(long_exact, long_own, long_outputs[-1][0])
         # Of what has no threshold yet, the figures alone are of interest.
         threshold = THRESHOLDS.get(recipe, float("inf"))
-        gate, ratios = hold_dtype("gpu", recipe, threshold, exact, own, outputs)
+        gate, ratios = hold_dtype("gpu", recipe, threshold, exact, own, outputs, parts)
         mean, _ = mean_and_least(ratios)
-        rows.append({"mistake": name, "mean": mean, "least": gate.value, "passed": gate.passed})
+        row = {"mistake": name, "mean": mean, "least": gate.value, "passed": gate.passed}
+        rows.append({**row, "parts": parts})
     output.write_text(json.dumps(rows))
+
+
+@contextmanager
+def wrong_kernel(implementation: str, wrong: bool) -> Iterator[None]:
+    """Within it attention puts out zeros from position 700 on, if that is asked for."""
+    if not wrong:
+        yield
+        return
+    if implementation == "local":
+        from megaqwen.training.packed_attention import PackedDotProductAttention as Core
+    else:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention as Core
+    right = Core.forward
+
+    def forward(self: Any, *states: Any, **named: Any) -> Any:
+        output = right(self, *states, **named)
+        output[700:] = 0
+        return output
+
+    with patch.object(Core, "forward", forward):
+        yield
 
 
 if __name__ == "__main__":

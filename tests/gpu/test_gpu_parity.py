@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_mistakes import KERNEL
 
 from commands import ROOT, options, write_config
 from megaqwen.data.builtin import builtin_documents
@@ -38,12 +39,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 FAIL = {
     "qwen3": (
+        KERNEL,
         "gate and up swapped",
         "k and v swapped",
         "final norm left at ones",
         "embedding off by one row",
     ),
     "qwen3_moe": (
+        KERNEL,
         "k and v swapped",
         "final norm left at ones",
         "embedding off by one row",
@@ -131,7 +134,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
                     "gradients": False,
                     "trajectory_iterations": 0,
                 },
-                train={**OPTIONS, "lr_warmup_iters": 0, **chosen},
+                train={**OPTIONS, "lr_warmup_iters": 0, "seq_length": 512, **chosen},
             )
             words = options(
                 config=config,
@@ -154,6 +157,7 @@ def test_a_healthy_model_passes_the_stage(processes: Processes, model: str, reci
     print(f"\n{model}: {recipe}: stage: {gate['value']:.3f} ({gate['detail'].partition(';')[0]})")
     assert gate["passed"] and f" in {recipe} on a GPU " in gate["statistic"]
     assert 0.5 < gate["value"] <= gate["threshold"] == THRESHOLDS[recipe]
+    assert " of the worst part of a long one" in gate["detail"]
     assert "gpu" not in found["unmeasured"]
     assert ("dtype" in found["unmeasured"]) == recipe.startswith("fp8")
 

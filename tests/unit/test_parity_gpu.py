@@ -3,12 +3,15 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megaqwen.environment import Surroundings, surroundings
+from megaqwen.parity.affordable import Size, long_positions
+from megaqwen.parity.batches import IN_PART, PARTS, compared_at, long_batch
 from megaqwen.parity.dtype_gates import hold_dtype, hold_dtypes
 from megaqwen.parity.gpu import THRESHOLDS, computes_in, forward_options
 from megaqwen.parity.on_all_ranks import FromRanks, ModelOf
@@ -51,11 +54,41 @@ def test_what_is_not_measured_and_why(
     train: dict[str, Any], no_gpu: str, reason: str | None
 ) -> None:
     outside = Surroundings(variables={}, no_gpu=no_gpu)
-    found = with_gpu(RANKS, train, MODEL, 100, outside)
+    found = with_gpu(RANKS, train, MODEL, 100, outside, never)
     assert found.unmeasured == ({"gpu": reason} if reason else {})
     assert found.outputs_on_gpu is None
     late = replace(RANKS, unmeasured={"gpu": "it would take 9 minutes"})
-    assert with_gpu(late, train, MODEL, 100, outside).unmeasured == late.unmeasured
+    assert with_gpu(late, train, MODEL, 100, outside, never).unmeasured == late.unmeasured
+
+
+def never() -> torch.Tensor:
+    raise AssertionError("nothing is computed, so no tokens are needed")
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "most", "rate", "positions"),
+    [
+        (4096, 10**6, 1e12, 4096),
+        (4096, 2000, 1e12, 2000),  # of memory or of the model's positions
+        (4096, 10**6, 3.4e10, 1008),  # of time: a minute, twice 2 operations a parameter
+        (4096, 10**6, 1e9, 0),
+        (240, 10**6, 1e12, 0),  # no longer than the others
+    ],
+)
+def test_the_long_sequence_is_trainings_as_far_as_it_can_be(
+    seq_length: int, most: int, rate: float, positions: int
+) -> None:
+    config: Any = SimpleNamespace(
+        train={"seq_length": seq_length}, parity=SimpleNamespace(minutes=1)
+    )
+    assert long_positions(config, Size(parameters=500_000_000), rate, most) == positions
+
+
+def test_the_long_sequence_is_compared_from_its_first_to_its_last_position() -> None:
+    batch = long_batch([[1, 2, 3], [4, 5]], 256)
+    assert batch.shape == (1, 257) and batch[0, :7].tolist() == [1, 2, 3, 4, 5, 1, 2]
+    at = compared_at(batch).tolist()
+    assert len(set(at)) == PARTS * IN_PART and at == sorted(at) and (at[0], at[-1]) == (0, 255)
 
 
 def test_a_job_of_slurms_takes_no_gpu_that_it_was_not_given(
@@ -82,7 +115,7 @@ def test_the_gpu_is_asked_for_trainings_own_forward_pass() -> None:
         "num_layers_at_start_in_bf16": 2,
     }
     dense = {"position_embedding_type": "yarn"}
-    found = forward_options(train, dense, Path("there"), 250, BATCH)
+    found = forward_options(train, dense, Path("there"), 250, (16, 32))
     assert (
         found.items()
         >= {
@@ -100,7 +133,7 @@ def test_the_gpu_is_asked_for_trainings_own_forward_pass() -> None:
     others = {"async_save", "use_distributed_optimizer", "moe_token_dispatcher_type"}
     assert not others & found.keys()
     train["moe_token_dispatcher_type"] = "alltoall"
-    experts = forward_options(train, {"num_experts": 4}, Path("there"), 250, BATCH)
+    experts = forward_options(train, {"num_experts": 4}, Path("there"), 250, (16, 32))
     assert experts["moe_token_dispatcher_type"] == "alltoall"
     assert "use_transformer_engine_op_fuser" not in experts
 
@@ -128,6 +161,17 @@ def test_fp8_has_a_row_of_its_own(dtype: str, times: float, passes: bool) -> Non
     assert len(ratios) == 16
     assert ("own in bfloat16" in gate.statistic) == (dtype != "bfloat16")
     assert passes or "the first beyond it: layer 0" in gate.detail
+
+
+@pytest.mark.parametrize(("worst", "passes"), [(3.2, True), (3.5, False), (float("nan"), False)])
+def test_one_part_of_the_long_sequence_is_enough_to_fail(worst: float, passes: bool) -> None:
+    exact = [torch.ones(9, 50) for _ in range(16)]
+    own = [each * 1.01 for each in exact]
+    gate, _ = hold_dtype(
+        "gpu", "bfloat16 on a GPU", 1.1, [exact], [own], [torch.stack(own)], [1.0, worst, 1.0, 0.9]
+    )
+    assert gate.passed == passes
+    assert f"{worst:.3g} of the worst part of a long one" in gate.detail
 
 
 def test_what_was_not_computed_is_no_gate() -> None:

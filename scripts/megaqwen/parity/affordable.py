@@ -9,7 +9,7 @@ from typing import Any
 
 from megaqwen.config import Config
 from megaqwen.config.rank_options import number_format, ranks_of_copies
-from megaqwen.parity.batches import MOST_TOKENS
+from megaqwen.parity.batches import IN_PART, MOST_TOKENS, MULTIPLE, PARTS
 
 LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
 GPU_GATE = "gpu"
@@ -36,6 +36,10 @@ Forward and backward are 3, and float64 counts twice: gradients are Megatron's u
 on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKENS, in three models, of
 which the third may be on a GPU.
 """
+LONG_PASSES = 2
+"""Of a long sequence: transformers' in float32 and in bfloat16."""
+LEAST_LONG = 2 * PARTS * IN_PART
+"""Positions, below which it is not longer than the others."""
 FREE_SHARE = 0.7
 """Of the memory that is free, what the gates may take."""
 TRAINED_TOKENS = MOST_TOKENS // 4
@@ -86,6 +90,20 @@ def bytes_needed(train: Mapping[str, Any], size: Size, machine: Machine) -> dict
         ),
         GPU_GATE: 0,
     }
+
+
+def long_positions(config: Config, size: Size, rate: float, most: int) -> int:
+    """Of a sequence, as long as training's, what the gate on a GPU may take of CPUs; 0: nothing.
+
+    Args:
+        config: The run's.
+        size: The model's.
+        rate: Operations in a second, in products of float32 matrices.
+        most: What the model and memory allow.
+    """
+    in_time = int(config.parity.minutes * 60 * rate / (LONG_PASSES * 2 * size.parameters))
+    positions = min(int(str(config.train["seq_length"])), most, in_time) // MULTIPLE * MULTIPLE
+    return positions if positions >= LEAST_LONG else 0
 
 
 def reasons_not_to(

@@ -10,6 +10,8 @@ MOST_LOGITS = 2**27
 MOST_TOKENS = 1024
 MULTIPLE = 16
 """Tensor parallel ranks share out the positions."""
+PARTS, IN_PART = 4, 32
+"""Of a sequence of training's length so many parts are compared, at so many positions each."""
 
 
 def make_batches(
@@ -34,3 +36,14 @@ def make_batches(
     length = max(MULTIPLE, min(positions, most) // MULTIPLE * MULTIPLE)
     read = islice(cycle(chain.from_iterable(texts)), count * sequences * (length + 1))
     return list(torch.tensor(list(read)).view(count, sequences, length + 1))
+
+
+def long_batch(texts: list[list[int]], positions: int) -> Tensor:
+    """[1, positions + 1] tokens, as `make_batches` takes them from the texts."""
+    (batch,) = make_batches(texts, 1, 1, positions, vocabulary=1, tokens=positions)
+    return batch
+
+
+def compared_at(batch: Tensor) -> Tensor:
+    """The positions at which a long batch is compared, from the first to the last."""
+    return torch.linspace(0, batch.shape[1] - 2, PARTS * IN_PART).long()

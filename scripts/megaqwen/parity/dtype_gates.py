@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megaqwen.parity.affordable import DTYPE_GATE, GPU_GATE
-from megaqwen.parity.comparing import relative
+from megaqwen.parity.batches import PARTS, compared_at
+from megaqwen.parity.comparing import nan_is_worst, relative
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.gpu import THRESHOLDS
 from megaqwen.parity.on_all_ranks import FromRanks
@@ -18,7 +19,9 @@ DTYPE_THRESHOLD = THRESHOLDS["bfloat16"]
 DEVIATIONS = 1.4826
 """A normal distribution's standard deviation in units of its median deviation."""
 WORST = 3.0
-"""How many times the threshold one sequence may have."""
+"""How many times the threshold one sequence may have, or a part of the long one."""
+LONG = "gpu, long"
+"""Under which the ratios of the long sequence's parts are told."""
 
 
 def hold_dtypes(
@@ -45,11 +48,32 @@ def hold_dtypes(
         gpu = name == GPU_GATE
         dtype = ranks.computes_in if gpu else ranks.dtype
         threshold = THRESHOLDS[dtype]
+        parts = long_ratios(ranks, weights) if gpu else []
         gate, by_gate[name] = hold_dtype(
-            name, f"{dtype} on a GPU" if gpu else dtype, threshold, exact, own, outputs
+            name, f"{dtype} on a GPU" if gpu else dtype, threshold, exact, own, outputs, parts
         )
+        if parts:
+            by_gate[LONG] = parts
         gates.append(gate)
     return gates, by_gate
+
+
+def long_ratios(ranks: FromRanks, weights: HuggingFaceWeights) -> list[float]:
+    """Of each part of the long sequence: a kernel may be wrong of what lies far back, or of its end."""
+    if ranks.long is None or ranks.long_on_gpu is None:
+        return []
+    at = compared_at(ranks.long)
+    exact, own = (
+        outputs_of(weights, dtype, ranks.long, at=at)[-1][0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return part_ratios(exact, own, ranks.long_on_gpu[-1][0])
+
+
+def part_ratios(exact: Tensor, reference: Tensor, other: Tensor) -> list[float]:
+    """`error_ratio` of each part of a sequence."""
+    parts = (each.chunk(PARTS) for each in (exact, reference, other))
+    return [error_ratio(*three) for three in zip(*parts, strict=True)]
 
 
 def hold_dtype(
@@ -59,6 +83,7 @@ def hold_dtype(
     exact: Sequence[Sequences],
     own: Sequence[Sequences],
     outputs: Sequence[Tensor],
+    parts: Sequence[float] = (),
 ) -> tuple[Gate, list[float]]:
     """One of them, and the ratio of each sequence.
 
@@ -74,6 +99,7 @@ def hold_dtype(
         exact: transformers' in float32, of each layer and then of the logits.
         own: The same in bfloat16.
         outputs: Megatron's, likewise.
+        parts: The logits' ratios of parts of a long sequence, of which the worst counts.
     """
     ratios = [
         [error_ratio(*three) for three in zip(*point, strict=True)]
@@ -81,7 +107,8 @@ def hold_dtype(
     ]
     beyond = [not mean_and_least(each)[1] <= threshold for each in ratios[:-1]]
     first = f"layer {beyond.index(True)}" if any(beyond) else "the head"
-    ratio, least = mean_and_least(ratios[-1])
+    ratio, least = mean_and_least(ratios[-1], parts)
+    long = f", {max(parts, key=nan_is_worst):.3g} of the worst part of a long one" if parts else ""
     unit = "" if dtype.startswith("bfloat16") else " in bfloat16"
     gate = Gate(
         name=name,
@@ -89,7 +116,7 @@ def hold_dtype(
         f"{unit}, less what may be chance, over {len(ratios[-1])} x {exact[-1][0].shape[0]} tokens",
         value=least,
         threshold=threshold,
-        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence;"
+        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence{long};"
         f" the first beyond it: {first}",
     )
     return gate, ratios[-1]
@@ -103,15 +130,15 @@ def error_ratio(exact: Tensor, reference: Tensor, other: Tensor) -> float:
     return float((relative(other, exact) / relative(reference, exact)).median())
 
 
-def mean_and_least(ratios: Sequence[float]) -> tuple[float, float]:
+def mean_and_least(ratios: Sequence[float], parts: Sequence[float] = ()) -> tuple[float, float]:
     """The geometric mean of sequences' ratios, and what is left of it when chance is taken off.
 
     That is two standard errors, by the median deviation, which a few wrong sequences do not widen; and
-    no less than the worst sequence's share that a healthy model's does not reach.
+    no less than the worst one's share that a healthy model's does not reach, of sequences and parts.
     """
     logarithms = torch.tensor(ratios, dtype=torch.float64).log()
     mean = logarithms.mean()
     deviation = (logarithms - logarithms.quantile(0.5)).abs().quantile(0.5)
     least = mean - 2 * DEVIATIONS * deviation / len(ratios) ** 0.5
-    worst = logarithms.max() - math.log(WORST)
+    worst = torch.tensor([*ratios, *parts], dtype=torch.float64).log().max() - math.log(WORST)
     return float(mean.exp()), float(torch.maximum(least, worst).exp())

@@ -50,7 +50,7 @@ def forward_options(
     architecture: Mapping[str, Any],
     checkpoint: Path,
     vocabulary: int,
-    batch: Tensor,
+    shape: tuple[int, int],
     device: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Megatron's options for training's forward pass of the whole model on one GPU.
@@ -60,12 +60,11 @@ def forward_options(
         architecture: What the checkpoint records of its model.
         checkpoint: The directory with latest_checkpointed_iteration.txt.
         vocabulary: Rows of the embedding that stand for tokens.
-        batch: [sequences, positions + 1] tokens.
+        shape: Sequences of a batch, and positions of the longest.
         device: What the machine needs; what training takes on a GPU, if it is left out.
     """
     chosen = {name: value for name, value in train.items() if name != "async_save"}
     own = gpu_options(chosen, architecture) if device is None else device
-    shape = (len(batch), batch.shape[1] - 1)
     options = model_options(
         architecture, checkpoint, vocabulary, taken(train, DTYPE, ON_GPU), shape, own
     )
@@ -78,12 +77,13 @@ def forward_options(
 def forward_elsewhere(
     options: Mapping[str, Any],
     batch: Tensor,
+    long: Tensor | None = None,
     *,
     vocabulary: int,
     parameters: int,
     rounded_to: torch.dtype | None,
     variables: Mapping[str, str],
-) -> list[Tensor] | str:
+) -> list[list[Tensor]] | str:
     """What Megatron computes in a process of its own; or in words why it was not measured.
 
     With CPU_OPTIONS among the options it does so on the CPU: the tests on machines without a GPU do.
@@ -91,13 +91,14 @@ def forward_elsewhere(
     Args:
         options: Megatron's.
         batch: [sequences, positions + 1] tokens.
+        long: More of them, of which a few positions are asked for.
         vocabulary: Logits at a position.
         parameters: Of the model.
         rounded_to: The dtype that the other model's weights are stored in, if it is narrower.
         variables: The process's environment, but for what tells a rank its place.
 
     Returns:
-        Each layer's [sequences, positions, hidden], then the logits.
+        Each layer's [sequences, positions, hidden], then the logits; of each of the two batches.
 
     Raises:
         InputError: The process failed.
@@ -109,6 +110,7 @@ def forward_elsewhere(
         request = {
             "options": dict(options),
             "batch": batch,
+            "long": long,
             "vocabulary": vocabulary,
             "parameters": parameters,
             "rounded_to": rounded_to,
@@ -145,5 +147,5 @@ def forward_elsewhere(
         answer: dict[str, Any] = torch.load(told)
     if reason := answer.get("unmeasured"):
         return str(reason)
-    outputs: list[Tensor] = answer["outputs"]
+    outputs: list[list[Tensor]] = answer["outputs"]
     return outputs

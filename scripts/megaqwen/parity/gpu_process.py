@@ -17,7 +17,9 @@ from megaqwen.environment import prepare_gpu
 BYTES = 5
 """Of a GPU's memory for each parameter: in bfloat16, and in FP8 both ways round, with its scales."""
 LEFT_FREE = 2**31
-"""Bytes for activations, logits and what libraries take."""
+"""Bytes for activations, logits and what libraries take; of a long sequence the logits take more."""
+LOGIT = 8
+"""Bytes of each of those, in bfloat16 and float32 and in between."""
 
 
 def main() -> None:
@@ -60,7 +62,10 @@ def cannot(request: Mapping[str, Any]) -> str:
         return "torch finds no GPU that it may use"
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
-    needed, free = request["parameters"] * BYTES + LEFT_FREE, torch.cuda.mem_get_info()[0]
+    long = request["long"]
+    logits = 0 if long is None else long.numel() * request["vocabulary"]
+    needed = request["parameters"] * BYTES + LEFT_FREE + logits * LOGIT
+    free = torch.cuda.mem_get_info()[0]
     if needed > free:
         return (
             f"{needed / 1e9:.0f} GB of the GPU's memory are needed and {free / 1e9:.0f} GB are free"
@@ -101,15 +106,19 @@ def join(request: Mapping[str, Any]) -> None:
 
 
 def forward(request: Mapping[str, Any]) -> Any:
-    """What each layer puts out and then the logits, in float32 in the CPU's memory."""
+    """Of each batch what each layer puts out and then the logits, in float32 in the CPU's memory."""
+    from megaqwen.parity.batches import compared_at
     from megaqwen.parity.ranked_model import ranked_model
 
-    options = request["options"]
+    options, vocabulary, long = (request[name] for name in ("options", "vocabulary", "long"))
     with ranked_model(options, request["rounded_to"]) as model:
         if options.get("fp8") and options.get("fp8_recipe", "delayed") == "delayed":
             # It scales by what it saw in the steps before.
             model.look_at(request["batch"])
-        return model.forward(request["batch"], request["vocabulary"])
+        found = [model.forward(request["batch"], vocabulary)]
+        if long is not None:
+            found.append(model.forward(long, vocabulary, compared_at(long)))
+        return found
 
 
 if __name__ == "__main__":

@@ -83,6 +83,10 @@ class FromRanks:
     """The dtype with the recipe of FP8, as THRESHOLDS in gpu.py has it."""
     outputs_on_gpu: list[Tensor] | None = None
     """Of `sampled`, likewise, by Transformer Engine on a GPU."""
+    long: Tensor | None = None
+    """[1, positions + 1] tokens, as long as training's or as there is time for."""
+    long_on_gpu: list[Tensor] | None = None
+    """Of `long`, likewise, at the positions of `compared_at`."""
     gradients: dict[str, Gradients] = field(default_factory=dict)
     """Of the first batch, by layout."""
     recipe: Recipe | None = None

@@ -17,8 +17,13 @@ from megaqwen.parity.routing import Routes
 
 
 @contextmanager
-def layer_outputs(model: Sequence[Any]) -> Iterator[dict[int, list[Tensor]]]:
-    """Keep what this rank's layers put out, by their numbers from 0, for each micro batch."""
+def layer_outputs(
+    model: Sequence[Any], at: Tensor | slice = slice(None)
+) -> Iterator[dict[int, list[Tensor]]]:
+    """Keep what this rank's layers put out, by their numbers from 0, for each micro batch.
+
+    [sequences, positions, hidden], at the positions that are asked for.
+    """
     points: dict[int, list[Tensor]] = {}
     sequence_parallel = get_model_config(model[0]).sequence_parallel
 
@@ -27,7 +32,7 @@ def layer_outputs(model: Sequence[Any]) -> Iterator[dict[int, list[Tensor]]]:
         if sequence_parallel:
             states = gather_from_sequence_parallel_region(states)
         # A copy: the pipeline frees what it has sent on.
-        whole = states.transpose(0, 1).float().cpu().clone()
+        whole = states[at].transpose(0, 1).float().cpu().clone()
         points.setdefault(layer.layer_number - 1, []).append(whole)
 
     hooks = [layer.register_forward_hook(keep) for layer in layers_of(model)]

@@ -18,10 +18,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
-from megatron.core.num_microbatches_calculator import (
-    get_num_microbatches,
-    unset_num_microbatches_calculator,
-)
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunDataIterator
@@ -129,25 +126,30 @@ class RankedModel:
             forward_step_func=step,
             data_iterator=self.iterators(batch),
             model=self.model,
-            num_microbatches=get_num_microbatches(),
+            num_microbatches=max(
+                1, len(batch) // MICRO_BATCH // mpu.get_data_parallel_world_size()
+            ),
             seq_length=batch.shape[1] - 1,
             micro_batch_size=MICRO_BATCH,
             **how,
         )
 
-    def forward(self, batch: Tensor, vocabulary: int) -> list[Tensor] | None:
+    def forward(
+        self, batch: Tensor, vocabulary: int, at: Tensor | slice = slice(None)
+    ) -> list[Tensor] | None:
         """What each layer puts out and then the logits, put together on the last rank; else None.
 
-        [sequences, positions, hidden] each, and [sequences, positions, vocabulary], in float32.
+        [sequences, positions, hidden] each, and [sequences, positions, vocabulary], in float32, at the
+        positions that are asked for.
         """
         for chunk in self.model:
             chunk.eval()
 
         def whole(output: Tensor, non_loss_data: bool = True) -> Tensor:
-            full: Tensor = gather_from_tensor_model_parallel_region(output)
+            full: Tensor = gather_from_tensor_model_parallel_region(output[:, at])
             return full[..., :vocabulary].float().cpu()
 
-        with torch.no_grad(), layer_outputs(self.model) as points:
+        with torch.no_grad(), layer_outputs(self.model, at) as points:
             logits = self.collect(whole, batch)
         for chunk in self.model:
             chunk.train()

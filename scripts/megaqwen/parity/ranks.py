@@ -6,7 +6,7 @@ Call `cpu_emulation.install` before this is imported.
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
 from megaqwen.config import Config
 from megaqwen.environment import Surroundings
-from megaqwen.parity.affordable import GPU_GATE, Size
+from megaqwen.parity.affordable import GPU_GATE, Size, long_positions
+from megaqwen.parity.batches import long_batch
 from megaqwen.parity.gpu import (
     THRESHOLDS,
     computes_in,
@@ -25,7 +26,11 @@ from megaqwen.parity.gpu import (
 )
 from megaqwen.parity.megatron import recorded_options
 from megaqwen.parity.on_all_ranks import FromRanks, ModelOf, measure_on_ranks
-from megaqwen.parity.texts import tokenized_texts
+from megaqwen.parity.texts import (
+    operations_per_second,
+    positions_in_memory,
+    tokenized_texts,
+)
 from megaqwen.training.ranks import rank_from_environment
 from megaqwen.weights.bridge import checked_model
 
@@ -67,6 +72,10 @@ def over_ranks(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     in_experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     size = Size(parameters=sum(sizes.values()), in_experts=in_experts)
+
+    def texts() -> list[list[int]]:
+        return list(tokenized_texts(model, data, config, limit, limit).values())
+
     join()
     found = measure_on_ranks(
         config=config,
@@ -74,7 +83,7 @@ def over_ranks(
         architecture=recorded,
         vocabulary=weights.config["vocab_size"],
         size=size,
-        texts=lambda: list(tokenized_texts(model, data, config, limit, limit).values()),
+        texts=texts,
         positions=limit,
         rounded_to=rounded_to,
         with_steps=not rounded,
@@ -88,7 +97,16 @@ def over_ranks(
         vocabulary=weights.config["vocab_size"],
         rounded_to=rounded_to,
     )
-    return with_gpu(found, dict(config.train), model_of, size.parameters, outside)
+    heads, longest = (
+        weights.config[name] for name in ("num_attention_heads", "max_position_embeddings")
+    )
+
+    def long() -> torch.Tensor | None:
+        most = min(longest, positions_in_memory(heads))
+        positions = long_positions(config, size, operations_per_second(), most)
+        return long_batch(texts(), positions) if positions else None
+
+    return with_gpu(found, dict(config.train), model_of, size.parameters, outside, long)
 
 
 def with_gpu(
@@ -97,23 +115,36 @@ def with_gpu(
     model: ModelOf,
     parameters: int,
     outside: Surroundings,
+    long: Callable[[], torch.Tensor | None],
 ) -> FromRanks:
-    """With what a GPU computes in training's dtype, or with the reason why none was asked."""
+    """With what a GPU computes in training's dtype, or with the reason why none was asked.
+
+    Args:
+        found: What the ranks computed.
+        train: Megatron's options.
+        model: Megatron's.
+        parameters: Of it.
+        outside: What this process had before it hid the GPUs.
+        long: Makes [1, positions + 1] tokens of about training's length, if there is time for them.
+    """
     dtype = computes_in(train)
     if dtype is None or GPU_GATE in found.unmeasured or found.sampled is None:
         return found
     started = time.perf_counter()
-    outputs: list[torch.Tensor] | str
+    outputs: list[list[torch.Tensor]] | str
+    batch = None
     if dtype not in THRESHOLDS:
         outputs = f"what {dtype} does to a healthy model is not known here"
     elif outside.no_gpu:
         outputs = outside.no_gpu
     else:
+        batch = long()
+        longest = found.sampled if batch is None else batch
+        shape = (len(found.sampled), longest.shape[1] - 1)
         outputs = forward_elsewhere(
-            forward_options(
-                train, model.architecture, model.checkpoint, model.vocabulary, found.sampled
-            ),
+            forward_options(train, model.architecture, model.checkpoint, model.vocabulary, shape),
             found.sampled,
+            batch,
             vocabulary=model.vocabulary,
             parameters=parameters,
             rounded_to=model.rounded_to,
@@ -122,7 +153,14 @@ def with_gpu(
     if isinstance(outputs, str):
         return replace(found, unmeasured=found.unmeasured | {GPU_GATE: outputs})
     seconds = found.seconds | {"gpu": time.perf_counter() - started}
-    return replace(found, outputs_on_gpu=outputs, computes_in=dtype, seconds=seconds)
+    return replace(
+        found,
+        outputs_on_gpu=outputs[0],
+        long=batch,
+        long_on_gpu=outputs[1] if batch is not None else None,
+        computes_in=dtype,
+        seconds=seconds,
+    )
 
 
 def join() -> None:

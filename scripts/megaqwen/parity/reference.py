@@ -31,12 +31,13 @@ def outputs_of(
     batch: Tensor,
     choices: Routes | None = None,
     tie: float = 0.0,
+    at: Tensor | slice = slice(None),
 ) -> list[Sequences]:
     """What each layer makes of [sequences, positions + 1] tokens, and then the logits.
 
-    [positions, hidden] of each sequence, and [positions, vocabulary]. One layer is in memory at a time,
-    as when both models walk through the texts. Of Megatron's choices of experts those are followed that
-    are ties, see routing.py.
+    [positions, hidden] of each sequence, and [positions, vocabulary], at the positions that are asked
+    for. One layer is in memory at a time, as when both models walk through the texts. Of Megatron's
+    choices of experts those are followed that are ties, see routing.py.
     """
     model = HuggingFaceLayers(weights, dtype)
     hidden = model.embed(list(batch[:, :-1]))
@@ -45,9 +46,9 @@ def outputs_of(
         by_sequence = (choices or {}).get(index)
         other = None if by_sequence is None else OtherChoices(choices=list(by_sequence), tie=tie)
         hidden, _ = model.layer(index, hidden, other)
-        points.append(hidden)
+        points.append([states[at] for states in hidden])
     with model.head() as (norm, logits):
-        return [*points, [logits(norm(states)) for states in hidden]]
+        return [*points, [logits(norm(states)) for states in points[-1]]]
 
 
 def trainable(directory: Path, dtype: torch.dtype) -> nn.Module:
