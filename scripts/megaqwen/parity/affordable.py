@@ -38,6 +38,8 @@ which the third may be on a GPU.
 """
 LONG_PASSES = 2
 """Of a long sequence: transformers' in float32 and in bfloat16."""
+LONG_SHARE = 0.25
+"""Of parity.minutes, what it may take beside the others."""
 LEAST_LONG = 2 * PARTS * IN_PART
 """Positions, below which it is not longer than the others."""
 FREE_SHARE = 0.7
@@ -101,7 +103,8 @@ def long_positions(config: Config, size: Size, rate: float, most: int) -> int:
         rate: Operations in a second, in products of float32 matrices.
         most: What the model and memory allow.
     """
-    in_time = int(config.parity.minutes * 60 * rate / (LONG_PASSES * 2 * size.parameters))
+    seconds = LONG_SHARE * config.parity.minutes * 60
+    in_time = int(seconds * rate / (LONG_PASSES * 2 * size.parameters))
     positions = min(int(str(config.train["seq_length"])), most, in_time) // MULTIPLE * MULTIPLE
     return positions if positions >= LEAST_LONG else 0
 
