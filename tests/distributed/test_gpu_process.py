@@ -9,9 +9,10 @@ import torch
 
 from megaqwen.architecture import megatron_options
 from megaqwen.errors import InputError
+from megaqwen.parity.affordable import LONG
 from megaqwen.parity.batches import IN_PART, compared_at
-from megaqwen.parity.dtype_gates import LONG, hold_dtypes
-from megaqwen.parity.gpu import forward_elsewhere, forward_options
+from megaqwen.parity.dtype_gates import hold_dtypes
+from megaqwen.parity.gpu import Forwarded, forward_elsewhere, forward_options
 from megaqwen.parity.megatron import recorded_options
 from megaqwen.parity.on_all_ranks import FromRanks
 from megaqwen.provenance import read_json, write_json
@@ -36,8 +37,9 @@ def test_its_logits_are_the_models(tiny_qwen3: Path, tmp_path: Path) -> None:
     both = forward_elsewhere(
         options, BATCH, LONG_BATCH, vocabulary=2560, parameters=1, rounded_to=None, variables=HIDDEN
     )
-    assert isinstance(both, list)
-    outputs, long_outputs = both
+    assert isinstance(both, Forwarded) and not both.without_long
+    outputs, long_outputs = both.outputs, both.long
+    assert long_outputs is not None
     compared = len(compared_at(LONG_BATCH))
     assert [each.shape[:2] for each in long_outputs] == [(1, compared)] * len(outputs)
     assert outputs[-1].shape == (16, 16, 2560) and len(outputs) == recorded["num_layers"] + 1
@@ -62,6 +64,10 @@ def test_its_logits_are_the_models(tiny_qwen3: Path, tmp_path: Path) -> None:
     assert not gate.passed and "the first beyond it: the head" in gate.detail
     assert [ratio > 3.3 for ratio in ratios[LONG]] == [False, False, False, True]
     long_outputs[-1][:, -IN_PART:] /= 1.1
+    long_outputs[0][:, -IN_PART:] *= 1.1
+    (gate,), _ = hold_dtypes(ranks, weights)
+    assert gate.passed and "the first beyond it: layer 0" in gate.detail
+    long_outputs[0][:, -IN_PART:] /= 1.1
     outputs[-1][:, :, 0] += outputs[-1].std()
     (gate,), _ = hold_dtypes(ranks, weights)
     assert not gate.passed and "the first beyond it: the head" in gate.detail

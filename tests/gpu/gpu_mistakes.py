@@ -67,7 +67,7 @@ def main() -> None:
     long = long_batch(texts, LONG)
     dtypes, at = (torch.float32, torch.bfloat16), compared_at(long)
     exact, own = (outputs_of(weights, each, batch) for each in dtypes)
-    long_exact, long_own = (outputs_of(weights, each, long, at=at)[-1][0] for each in dtypes)
+    long_exact, long_own = (outputs_of(weights, each, long, at=at) for each in dtypes)
     rows = []
     for name in ["healthy", *names]:
         wrong, checkpoint = model, directory / name.replace(" ", "-") / "megatron"
@@ -81,14 +81,14 @@ def main() -> None:
         options = forward_options(RECIPES[recipe], recorded, checkpoint, vocabulary, shape, device)
         request = {"options": options, "batch": batch, "long": long, "vocabulary": vocabulary}
         with wrong_kernel(options["transformer_impl"], name == KERNEL):
-            outputs, long_outputs = gpu_process.forward({**request, "rounded_to": None})
-        parts = part_ratios(long_exact, long_own, long_outputs[-1][0])
+            found = gpu_process.forward({**request, "rounded_to": None})
+        outputs, parts = found["outputs"], part_ratios(long_exact, long_own, found["long"])
         # Of what has no threshold yet, the figures alone are of interest.
         threshold = THRESHOLDS.get(recipe, float("inf"))
         gate, ratios = hold_dtype("gpu", recipe, threshold, exact, own, outputs, parts)
         mean, _ = mean_and_least(ratios)
         row = {"mistake": name, "mean": mean, "least": gate.value, "passed": gate.passed}
-        rows.append({**row, "parts": parts})
+        rows.append({**row, "parts": parts[-1], "detail": gate.detail})
     output.write_text(json.dumps(rows))
 
 

@@ -169,3 +169,4 @@ def test_mistakes_fail(processes: Processes, model: str, recipe: str) -> None:
         print(f"\n{model}: {recipe}: {name}: {json.dumps(row)}", end="")
     assert rows["healthy"]["passed"]
     assert [name for name in FAIL[model] if rows[name]["passed"]] == []
+    assert "the first beyond it: layer 0" in rows[KERNEL]["detail"]

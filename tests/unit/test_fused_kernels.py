@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from commands import ROOT, write_config
+from megaqwen import training
 from megaqwen.config import load_config
 from megaqwen.errors import InputError
+from megaqwen.training import model
 from megaqwen.training.arguments import NEED_GPU, cpu_options, gpu_options
 from megaqwen.training.fused_kernels import add_weight_gradient
 
@@ -69,3 +73,19 @@ def test_what_a_gpu_alone_can_do_is_refused_without_one(name: str, tmp_path: Pat
     config = write_config(tmp_path / "config.yaml", train={**train, name: True})
     with pytest.raises(InputError, match=rf"{name} needs a GPU"):
         cpu_options(load_config(config).train)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_dense_mlps_may_have_swiglu_within_their_products(
+    monkeypatch: pytest.MonkeyPatch, experts: bool
+) -> None:
+    """What installs it needs Transformer Engine, which only a machine with a GPU has."""
+    installed: list[bool] = []
+    stub = SimpleNamespace(install=lambda: installed.append(True))
+    monkeypatch.setattr(training, "swiglu_mlp", stub, raising=False)
+    monkeypatch.setattr(model, "get_mlp_module_spec_for_backend", lambda *given, **named: named)
+    mlp = SimpleNamespace(func=MoELayer) if experts else SimpleNamespace()
+    layer: Any = SimpleNamespace(submodules=SimpleNamespace(mlp=mlp))
+    model.fuse_dense_mlp(layer)
+    assert installed == ([] if experts else [True])
+    assert layer.submodules.mlp == (mlp if experts else {"use_te_op_fuser": True})

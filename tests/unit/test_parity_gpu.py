@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from megaqwen.environment import Surroundings, surroundings
-from megaqwen.parity.affordable import Size, long_positions
+from megaqwen.parity import ranks
+from megaqwen.parity.affordable import ATTENTION, LONG, long_positions, parameters_met
 from megaqwen.parity.batches import IN_PART, PARTS, compared_at, long_batch
 from megaqwen.parity.dtype_gates import hold_dtype, hold_dtypes
-from megaqwen.parity.gpu import THRESHOLDS, computes_in, forward_options
+from megaqwen.parity.gpu import THRESHOLDS, Forwarded, computes_in, forward_options
 from megaqwen.parity.on_all_ranks import FromRanks, ModelOf
 from megaqwen.parity.ranks import join, leave, with_gpu
+from trained_models import PUBLIC
 
 FP8 = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}
 DELAYED = {"bf16": True, "fp8": "hybrid"}
@@ -23,6 +25,7 @@ MXFP8 = {**DELAYED, "fp8_recipe": "mxfp8"}
 BATCH = torch.zeros(16, 33, dtype=torch.int64)
 MODEL = ModelOf(architecture={}, checkpoint=Path("none"), vocabulary=10, rounded_to=None)
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+QWEN = {**PUBLIC["Qwen2.5-0.5B"].config, "max_position_embeddings": 32768}
 RANKS = FromRanks(ranks=1, layout={}, dtype="bfloat16", padding=0, batches=[BATCH], sampled=BATCH)
 
 
@@ -61,34 +64,84 @@ def test_what_is_not_measured_and_why(
     assert with_gpu(late, train, MODEL, 100, outside, never).unmeasured == late.unmeasured
 
 
-def never() -> torch.Tensor:
+def never() -> tuple[torch.Tensor, str]:
     raise AssertionError("nothing is computed, so no tokens are needed")
 
 
 @pytest.mark.parametrize(
-    ("seq_length", "most", "rate", "positions"),
+    ("limit", "without_long", "unmeasured"),
     [
-        (4096, 10**6, 1e12, 4096),
-        (4096, 2000, 1e12, 2000),  # of memory or of the model's positions
-        (4096, 10**6, 1.36e11, 1008),  # of time: 15 seconds, twice 2 operations a parameter
-        (4096, 10**6, 1e9, 0),
-        (240, 10**6, 1e12, 0),  # no longer than the others
+        ("", "", {}),
+        (
+            "memory is enough for 256 of 4,096 tokens",
+            "",
+            {LONG: "memory is enough for 256 of 4,096 tokens"},
+        ),
+        ("", "the GPU's memory is too small", {LONG: "the GPU's memory is too small"}),
+    ],
+)
+def test_what_is_computed_and_what_shortens_it(
+    monkeypatch: pytest.MonkeyPatch, limit: str, without_long: str, unmeasured: dict[str, str]
+) -> None:
+    batch = long_batch([[1, 2, 3]], 256)
+    short, long = [torch.ones(1)], None if without_long else [torch.zeros(1)]
+    asked: list[Any] = []
+
+    def forward(*given: Any, **named: Any) -> Forwarded:
+        asked.extend(given)
+        return Forwarded(outputs=short, long=long, without_long=without_long)
+
+    monkeypatch.setattr(ranks, "forward_elsewhere", forward)
+    outside = Surroundings(variables={}, no_gpu="")
+    found = with_gpu(RANKS, {"bf16": True}, MODEL, 100, outside, lambda: (batch, limit))
+    options, sampled, given = asked
+    assert (options["seq_length"], options["global_batch_size"]) == (256, 16)
+    assert sampled is BATCH and given is batch
+    assert (found.outputs_on_gpu, found.long, found.long_on_gpu) == (short, batch, long)
+    assert found.unmeasured == unmeasured and found.computes_in == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "in_memory", "rate", "found"),
+    [
+        (4096, 10**6, 1e15, (4096, "")),
+        (10**6, 10**6, 1e15, (32768, "")),
+        (4096, 2000, 1e15, (2000, "memory is enough for 2,000 of 4,096 tokens in one sequence")),
+        (
+            4096,
+            10**6,
+            1e12,
+            (2800, "parity.minutes is enough for 2,800 of 4,096 tokens in one sequence"),
+        ),
+        (4096, 10**6, 1e9, (0, "parity.minutes is enough for 0 of 4,096 tokens in one sequence")),
+        (240, 10**6, 1e15, (0, "")),  # no longer than the others
     ],
 )
 def test_the_long_sequence_is_trainings_as_far_as_it_can_be(
-    seq_length: int, most: int, rate: float, positions: int
+    seq_length: int, in_memory: int, rate: float, found: tuple[int, str]
 ) -> None:
     config: Any = SimpleNamespace(
         train={"seq_length": seq_length}, parity=SimpleNamespace(minutes=1)
     )
-    assert long_positions(config, Size(parameters=500_000_000), rate, most) == positions
+    assert long_positions(config, QWEN, rate, in_memory) == found
+
+
+def test_time_goes_by_the_parameters_that_a_token_meets_and_by_attention() -> None:
+    config: Any = SimpleNamespace(train={"seq_length": 10**9}, parity=SimpleNamespace(minutes=1))
+    wide: Any = {**QWEN, "max_position_embeddings": 10**9}
+    positions, _ = long_positions(config, wide, 1e12, 10**9)
+    products = 2 * parameters_met(wide) * positions
+    attention = ATTENTION * 24 * 14 * 64 * positions**2
+    assert 2 * (products + attention) / 1e12 == pytest.approx(15, rel=0.02)
 
 
 def test_the_long_sequence_is_compared_from_its_first_to_its_last_position() -> None:
     batch = long_batch([[1, 2, 3], [4, 5]], 256)
     assert batch.shape == (1, 257) and batch[0, :7].tolist() == [1, 2, 3, 4, 5, 1, 2]
-    at = compared_at(batch).tolist()
-    assert len(set(at)) == PARTS * IN_PART and at == sorted(at) and (at[0], at[-1]) == (0, 255)
+    for length in (256, 32768):
+        at = compared_at(torch.zeros(1, length + 1)).tolist()
+        assert len(set(at)) == PARTS * IN_PART and at == sorted(at)
+        assert at[0] == 0 and at[-IN_PART:] == list(range(length - IN_PART, length))
 
 
 def test_a_job_of_slurms_takes_no_gpu_that_it_was_not_given(
@@ -168,7 +221,13 @@ def test_one_part_of_the_long_sequence_is_enough_to_fail(worst: float, passes: b
     exact = [torch.ones(9, 50) for _ in range(16)]
     own = [each * 1.01 for each in exact]
     gate, _ = hold_dtype(
-        "gpu", "bfloat16 on a GPU", 1.1, [exact], [own], [torch.stack(own)], [1.0, worst, 1.0, 0.9]
+        "gpu",
+        "bfloat16 on a GPU",
+        1.1,
+        [exact],
+        [own],
+        [torch.stack(own)],
+        [[1.0, worst, 1.0, 0.9]],
     )
     assert gate.passed == passes
     assert f"{worst:.3g} of the worst part of a long one" in gate.detail

@@ -3,16 +3,20 @@
 Light: no Megatron and no ranks.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megaqwen.architecture import read_architecture, tensor_shapes
 from megaqwen.config import Config
 from megaqwen.config.rank_options import number_format, ranks_of_copies
 from megaqwen.parity.batches import IN_PART, MOST_TOKENS, MULTIPLE, PARTS
 
 LAYOUT_GATE, DTYPE_GATE, GRADIENTS, TRAJECTORY = "layout", "dtype", "gradients", "trajectory"
 GPU_GATE = "gpu"
+LONG = "gpu, long"
+"""No gate of its own, but a part of the gate on a GPU."""
 ONE_RANK = "one tensor parallel rank"
 WHOLE_MODEL = f"gradients with {ONE_RANK}"
 """No gate of its own, but a part of the gate on gradients."""
@@ -38,6 +42,8 @@ which the third may be on a GPU.
 """
 LONG_PASSES = 2
 """Of a long sequence: transformers' in float32 and in bfloat16."""
+ATTENTION = 28
+"""Operations for two positions and a channel of a head: 4, in the plainest attention at a seventh of the rate."""
 LONG_SHARE = 0.25
 """Of parity.minutes, what it may take beside the others."""
 LEAST_LONG = 2 * PARTS * IN_PART
@@ -94,19 +100,40 @@ def bytes_needed(train: Mapping[str, Any], size: Size, machine: Machine) -> dict
     }
 
 
-def long_positions(config: Config, size: Size, rate: float, most: int) -> int:
-    """Of a sequence, as long as training's, what the gate on a GPU may take of CPUs; 0: nothing.
+def parameters_met(hf_config: Mapping[str, Any]) -> int:
+    """Parameters that a token meets: of the experts only those that are chosen, of two embeddings one."""
+    qwen = read_architecture(hf_config)
+    share = qwen.experts.per_token / qwen.experts.count if qwen.experts else 1.0
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(qwen).items()}
+    return round(sum(size * (share if ".experts." in name else 1) for name, size in sizes.items()))
+
+
+def long_positions(
+    config: Config, hf_config: Mapping[str, Any], rate: float, in_memory: int
+) -> tuple[int, str]:
+    """Of a sequence as long as training's, how much the gate on a GPU compares; and what shortens it.
 
     Args:
         config: The run's.
-        size: The model's.
+        hf_config: The model's config.json.
         rate: Operations in a second, in products of float32 matrices.
-        most: What the model and memory allow.
+        in_memory: Positions for which there is memory.
     """
-    seconds = LONG_SHARE * config.parity.minutes * 60
-    in_time = int(seconds * rate / (LONG_PASSES * 2 * size.parameters))
-    positions = min(int(str(config.train["seq_length"])), most, in_time) // MULTIPLE * MULTIPLE
-    return positions if positions >= LEAST_LONG else 0
+    longest = min(int(str(config.train["seq_length"])), hf_config["max_position_embeddings"])
+    if longest < LEAST_LONG:
+        return 0, ""
+    qwen = read_architecture(hf_config)
+    # Of PASSES of L positions: L (2 parameters + ATTENTION channels L).
+    channels = ATTENTION * qwen.layers * qwen.heads * qwen.head_dim
+    each = 2 * parameters_met(hf_config)
+    most = LONG_SHARE * config.parity.minutes * 60 * rate / LONG_PASSES
+    in_time = int((math.sqrt(each**2 + 4 * channels * most) - each) / (2 * channels))
+    positions = min(longest, in_memory, in_time) // MULTIPLE * MULTIPLE
+    if positions == longest // MULTIPLE * MULTIPLE:
+        return positions, ""
+    limit = "memory" if in_memory < in_time else "parity.minutes"
+    words = f"{limit} is enough for {positions:,} of {longest:,} tokens in one sequence"
+    return (positions, words) if positions >= LEAST_LONG else (0, words)
 
 
 def reasons_not_to(

@@ -45,5 +45,7 @@ def long_batch(texts: list[list[int]], positions: int) -> Tensor:
 
 
 def compared_at(batch: Tensor) -> Tensor:
-    """The positions at which a long batch is compared, from the first to the last."""
-    return torch.linspace(0, batch.shape[1] - 2, PARTS * IN_PART).long()
+    """The positions at which a long batch is compared: spread from the first on, and all of the last."""
+    last = batch.shape[1] - 1 - IN_PART
+    spread = torch.linspace(0, last - 1, (PARTS - 1) * IN_PART).long()
+    return torch.cat([spread, torch.arange(last, last + IN_PART)])

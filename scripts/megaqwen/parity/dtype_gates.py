@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaqwen.parity.affordable import DTYPE_GATE, GPU_GATE
+from megaqwen.parity.affordable import DTYPE_GATE, GPU_GATE, LONG
 from megaqwen.parity.batches import PARTS, compared_at
 from megaqwen.parity.comparing import nan_is_worst, relative
 from megaqwen.parity.gates import Gate
@@ -20,8 +20,6 @@ DEVIATIONS = 1.4826
 """A normal distribution's standard deviation in units of its median deviation."""
 WORST = 3.0
 """How many times the threshold one sequence may have, or a part of the long one."""
-LONG = "gpu, long"
-"""Under which the ratios of the long sequence's parts are told."""
 
 
 def hold_dtypes(
@@ -53,27 +51,30 @@ def hold_dtypes(
             name, f"{dtype} on a GPU" if gpu else dtype, threshold, exact, own, outputs, parts
         )
         if parts:
-            by_gate[LONG] = parts
+            by_gate[LONG] = parts[-1]
         gates.append(gate)
     return gates, by_gate
 
 
-def long_ratios(ranks: FromRanks, weights: HuggingFaceWeights) -> list[float]:
-    """Of each part of the long sequence: a kernel may be wrong of what lies far back, or of its end."""
+def long_ratios(ranks: FromRanks, weights: HuggingFaceWeights) -> list[list[float]]:
+    """Of each part of the long sequence, at each point: a kernel may be wrong of what lies far back."""
     if ranks.long is None or ranks.long_on_gpu is None:
         return []
     at = compared_at(ranks.long)
     exact, own = (
-        outputs_of(weights, dtype, ranks.long, at=at)[-1][0]
-        for dtype in (torch.float32, torch.bfloat16)
+        outputs_of(weights, dtype, ranks.long, at=at) for dtype in (torch.float32, torch.bfloat16)
     )
-    return part_ratios(exact, own, ranks.long_on_gpu[-1][0])
+    return part_ratios(exact, own, ranks.long_on_gpu)
 
 
-def part_ratios(exact: Tensor, reference: Tensor, other: Tensor) -> list[float]:
-    """`error_ratio` of each part of a sequence."""
-    parts = (each.chunk(PARTS) for each in (exact, reference, other))
-    return [error_ratio(*three) for three in zip(*parts, strict=True)]
+def part_ratios(
+    exact: Sequence[Sequences], own: Sequence[Sequences], outputs: Sequence[Tensor]
+) -> list[list[float]]:
+    """`error_ratio` of each part of one sequence, at each point; arguments as of `hold_dtype`."""
+    return [
+        [error_ratio(*part) for part in zip(*(each[0].chunk(PARTS) for each in point), strict=True)]
+        for point in zip(exact, own, outputs, strict=True)
+    ]
 
 
 def hold_dtype(
@@ -83,7 +84,7 @@ def hold_dtype(
     exact: Sequence[Sequences],
     own: Sequence[Sequences],
     outputs: Sequence[Tensor],
-    parts: Sequence[float] = (),
+    parts: Sequence[Sequence[float]] = (),
 ) -> tuple[Gate, list[float]]:
     """One of them, and the ratio of each sequence.
 
@@ -99,16 +100,20 @@ def hold_dtype(
         exact: transformers' in float32, of each layer and then of the logits.
         own: The same in bfloat16.
         outputs: Megatron's, likewise.
-        parts: The logits' ratios of parts of a long sequence, of which the worst counts.
+        parts: Of each point the ratios of parts of a long sequence, of which the worst counts.
     """
     ratios = [
         [error_ratio(*three) for three in zip(*point, strict=True)]
         for point in zip(exact, own, outputs, strict=True)
     ]
-    beyond = [not mean_and_least(each)[1] <= threshold for each in ratios[:-1]]
+    of_long = parts or [()] * len(ratios)
+    held = [mean_and_least(*point) for point in zip(ratios, of_long, strict=True)]
+    beyond = [not least <= threshold for _, least in held[:-1]]
     first = f"layer {beyond.index(True)}" if any(beyond) else "the head"
-    ratio, least = mean_and_least(ratios[-1], parts)
-    long = f", {max(parts, key=nan_is_worst):.3g} of the worst part of a long one" if parts else ""
+    ratio, least = held[-1]
+    long = (
+        f", {max(parts[-1], key=nan_is_worst):.3g} of the worst part of a long one" if parts else ""
+    )
     unit = "" if dtype.startswith("bfloat16") else " in bfloat16"
     gate = Gate(
         name=name,

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +35,16 @@ SECONDS = 1800
 SCRIPTS = Path(__file__).parents[2]
 
 logger = logging.getLogger("megaqwen.parity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forwarded:
+    """Of two batches each layer's [sequences, positions, hidden], then the logits."""
+
+    outputs: list[Tensor]
+    long: list[Tensor] | None = None
+    without_long: str = ""
+    """Why the second was not computed, where it was asked for."""
 
 
 def computes_in(train: Mapping[str, Any]) -> str | None:
@@ -83,7 +94,7 @@ def forward_elsewhere(
     parameters: int,
     rounded_to: torch.dtype | None,
     variables: Mapping[str, str],
-) -> list[list[Tensor]] | str:
+) -> Forwarded | str:
     """What Megatron computes in a process of its own; or in words why it was not measured.
 
     With CPU_OPTIONS among the options it does so on the CPU: the tests on machines without a GPU do.
@@ -96,9 +107,6 @@ def forward_elsewhere(
         parameters: Of the model.
         rounded_to: The dtype that the other model's weights are stored in, if it is narrower.
         variables: The process's environment, but for what tells a rank its place.
-
-    Returns:
-        Each layer's [sequences, positions, hidden], then the logits; of each of the two batches.
 
     Raises:
         InputError: The process failed.
@@ -147,5 +155,4 @@ def forward_elsewhere(
         answer: dict[str, Any] = torch.load(told)
     if reason := answer.get("unmeasured"):
         return str(reason)
-    outputs: list[list[Tensor]] = answer["outputs"]
-    return outputs
+    return Forwarded(**answer)

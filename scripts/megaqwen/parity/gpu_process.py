@@ -17,9 +17,7 @@ from megaqwen.environment import prepare_gpu
 BYTES = 5
 """Of a GPU's memory for each parameter: in bfloat16, and in FP8 both ways round, with its scales."""
 LEFT_FREE = 2**31
-"""Bytes for activations, logits and what libraries take; of a long sequence the logits take more."""
-LOGIT = 8
-"""Bytes of each of those, in bfloat16 and float32 and in between."""
+"""Bytes for activations, logits and what libraries take."""
 
 
 def main() -> None:
@@ -33,20 +31,24 @@ def main() -> None:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """{"outputs": tensors}, or {"unmeasured": why not}."""
+    """The fields of `Forwarded`, or {"unmeasured": why not}."""
     import torch
 
     if not on_gpu(request):
         join(request)
-        return {"outputs": forward(request)}
+        return forward(request)
     if reason := cannot(request):
         return {"unmeasured": reason}
     try:
         join(request)
-        return {"outputs": forward(request)}
+        return forward(request)
     except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0].partition(". ")[0]
-        return {"unmeasured": f"the GPU's memory is too small ({first})"}
+        return {"unmeasured": too_small(error)}
+
+
+def too_small(error: Exception) -> str:
+    """A lack of memory in a line."""
+    return f"the GPU's memory is too small ({str(error).splitlines()[0].partition('. ')[0]})"
 
 
 def on_gpu(request: Mapping[str, Any]) -> bool:
@@ -62,10 +64,7 @@ def cannot(request: Mapping[str, Any]) -> str:
         return "torch finds no GPU that it may use"
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
-    long = request["long"]
-    logits = 0 if long is None else long.numel() * request["vocabulary"]
-    needed = request["parameters"] * BYTES + LEFT_FREE + logits * LOGIT
-    free = torch.cuda.mem_get_info()[0]
+    needed, free = request["parameters"] * BYTES + LEFT_FREE, torch.cuda.mem_get_info()[0]
     if needed > free:
         return (
             f"{needed / 1e9:.0f} GB of the GPU's memory are needed and {free / 1e9:.0f} GB are free"
@@ -105,8 +104,10 @@ def join(request: Mapping[str, Any]) -> None:
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def forward(request: Mapping[str, Any]) -> Any:
-    """Of each batch what each layer puts out and then the logits, in float32 in the CPU's memory."""
+def forward(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Forwarded`, in float32 in the CPU's memory."""
+    import torch
+
     from megaqwen.parity.batches import compared_at
     from megaqwen.parity.ranked_model import ranked_model
 
@@ -115,9 +116,12 @@ def forward(request: Mapping[str, Any]) -> Any:
         if options.get("fp8") and options.get("fp8_recipe", "delayed") == "delayed":
             # It scales by what it saw in the steps before.
             model.look_at(request["batch"])
-        found = [model.forward(request["batch"], vocabulary)]
+        found: dict[str, Any] = {"outputs": model.forward(request["batch"], vocabulary)}
         if long is not None:
-            found.append(model.forward(long, vocabulary, compared_at(long)))
+            try:
+                found["long"] = model.forward(long, vocabulary, compared_at(long))
+            except torch.OutOfMemoryError as error:
+                found["without_long"] = too_small(error)
         return found
 
 

@@ -4,7 +4,6 @@ Call `cpu_emulation.install` before this is imported.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
-from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
+from megaqwen.architecture import megatron_options
 from megaqwen.config import Config
 from megaqwen.data.tokenization import tokenizer_digests
 from megaqwen.parity import gates
+from megaqwen.parity.affordable import parameters_met
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.generation import continue_greedily
 from megaqwen.parity.heldout import sequence_length
@@ -40,7 +40,7 @@ from megaqwen.parity.texts import (
     why_cut,
 )
 from megaqwen.parity.walk import EXACT, REFERENCE, Walk, walk
-from megaqwen.weights import HuggingFaceWeights, read_hf_tensors
+from megaqwen.weights import read_hf_tensors
 from megaqwen.weights.bridge import checked_model
 from megaqwen.words import duration
 
@@ -150,7 +150,9 @@ def measure(
     wanted = min(sequence_length(config), weights.config["max_position_embeddings"])
     full = min(wanted, positions_in_memory(weights.config["num_attention_heads"]))
     made_texts = tokenized_texts(model, data, config, limit, full)
-    budget = config.parity.minutes * 60 * operations_per_second() / (2 * parameters_met(weights))
+    budget = (
+        config.parity.minutes * 60 * operations_per_second() / (2 * parameters_met(weights.config))
+    )
     texts = cut_to_budget(made_texts, WALK_SHARE * budget)
     unmeasured = why_cut(made_texts, texts, full, wanted)
     reference = HuggingFaceLayers(weights, torch.float32)
@@ -224,11 +226,3 @@ class Progress:
             self.said = now
             left = (now - self.started) / layer * (layers - layer)
             logger.info("  layer %d of %d, %s left", layer, layers, duration(left))
-
-
-def parameters_met(weights: HuggingFaceWeights) -> int:
-    """Parameters that a token meets: of the experts only those that are chosen, of two embeddings one."""
-    qwen = read_architecture(weights.config)
-    share = qwen.experts.per_token / qwen.experts.count if qwen.experts else 1.0
-    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(qwen).items()}
-    return round(sum(size * (share if ".experts." in name else 1) for name, size in sizes.items()))

@@ -16,10 +16,11 @@ import torch
 from megaqwen.architecture import megatron_options, read_architecture, tensor_shapes
 from megaqwen.config import Config
 from megaqwen.environment import Surroundings
-from megaqwen.parity.affordable import GPU_GATE, Size, long_positions
+from megaqwen.parity.affordable import GPU_GATE, LONG, Size, long_positions
 from megaqwen.parity.batches import long_batch
 from megaqwen.parity.gpu import (
     THRESHOLDS,
+    Forwarded,
     computes_in,
     forward_elsewhere,
     forward_options,
@@ -97,14 +98,13 @@ def over_ranks(
         vocabulary=weights.config["vocab_size"],
         rounded_to=rounded_to,
     )
-    heads, longest = (
-        weights.config[name] for name in ("num_attention_heads", "max_position_embeddings")
-    )
 
-    def long() -> torch.Tensor | None:
-        most = min(longest, positions_in_memory(heads))
-        positions = long_positions(config, size, operations_per_second(), most)
-        return long_batch(texts(), positions) if positions else None
+    def long() -> tuple[torch.Tensor | None, str]:
+        in_memory = positions_in_memory(weights.config["num_attention_heads"])
+        positions, limit = long_positions(
+            config, weights.config, operations_per_second(), in_memory
+        )
+        return (long_batch(texts(), positions) if positions else None), limit
 
     return with_gpu(found, dict(config.train), model_of, size.parameters, outside, long)
 
@@ -115,7 +115,7 @@ def with_gpu(
     model: ModelOf,
     parameters: int,
     outside: Surroundings,
-    long: Callable[[], torch.Tensor | None],
+    long: Callable[[], tuple[torch.Tensor | None, str]],
 ) -> FromRanks:
     """With what a GPU computes in training's dtype, or with the reason why none was asked.
 
@@ -125,23 +125,23 @@ def with_gpu(
         model: Megatron's.
         parameters: Of it.
         outside: What this process had before it hid the GPUs.
-        long: Makes [1, positions + 1] tokens of about training's length, if there is time for them.
+        long: Makes [1, positions + 1] tokens of training's length, or fewer or none, and says why so few.
     """
     dtype = computes_in(train)
     if dtype is None or GPU_GATE in found.unmeasured or found.sampled is None:
         return found
     started = time.perf_counter()
-    outputs: list[list[torch.Tensor]] | str
-    batch = None
+    forwarded: Forwarded | str
+    batch, limit = None, ""
     if dtype not in THRESHOLDS:
-        outputs = f"what {dtype} does to a healthy model is not known here"
+        forwarded = f"what {dtype} does to a healthy model is not known here"
     elif outside.no_gpu:
-        outputs = outside.no_gpu
+        forwarded = outside.no_gpu
     else:
-        batch = long()
+        batch, limit = long()
         longest = found.sampled if batch is None else batch
         shape = (len(found.sampled), longest.shape[1] - 1)
-        outputs = forward_elsewhere(
+        forwarded = forward_elsewhere(
             forward_options(train, model.architecture, model.checkpoint, model.vocabulary, shape),
             found.sampled,
             batch,
@@ -150,14 +150,16 @@ def with_gpu(
             rounded_to=model.rounded_to,
             variables=outside.variables,
         )
-    if isinstance(outputs, str):
-        return replace(found, unmeasured=found.unmeasured | {GPU_GATE: outputs})
+    if isinstance(forwarded, str):
+        return replace(found, unmeasured=found.unmeasured | {GPU_GATE: forwarded})
+    reason = forwarded.without_long or limit
     seconds = found.seconds | {"gpu": time.perf_counter() - started}
     return replace(
         found,
-        outputs_on_gpu=outputs[0],
+        outputs_on_gpu=forwarded.outputs,
         long=batch,
-        long_on_gpu=outputs[1] if batch is not None else None,
+        long_on_gpu=forwarded.long,
+        unmeasured=found.unmeasured | ({LONG: reason} if reason else {}),
         computes_in=dtype,
         seconds=seconds,
     )

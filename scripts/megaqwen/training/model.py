@@ -80,10 +80,10 @@ def fuse_dense_mlp(layer: ModuleSpec) -> None:
 
     Megatron's block spec leaves use_transformer_engine_op_fuser out: it would mean experts only.
     """
-    from megaqwen.training import swiglu_mlp  # which needs Transformer Engine
-
-    swiglu_mlp.install()
     if getattr(layer.submodules.mlp, "func", None) is not MoELayer:
+        from megaqwen.training import swiglu_mlp  # which needs Transformer Engine
+
+        swiglu_mlp.install()
         layer.submodules.mlp = get_mlp_module_spec_for_backend(
             TESpecProvider(), use_te_op_fuser=True
         )

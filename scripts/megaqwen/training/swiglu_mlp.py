@@ -8,6 +8,9 @@ order and their gradients are Megatron's. tests/gpu/README.md has what it gains.
 """
 
 import importlib.util
+import logging
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,14 +19,21 @@ from transformer_engine.pytorch.cpu_offload import (
     mark_activation_offload,
 )
 from transformer_engine.pytorch.ops import BasicLinear, FusedOperation, SwiGLU
-from transformer_engine.pytorch.ops._common import get_dummy_wgrads_for_params
+from transformer_engine.pytorch.ops._common import (
+    get_dummy_wgrads_for_params,
+    is_quantized_tensor,
+)
 from transformer_engine.pytorch.ops.fuser import (
     OperationFuser,
     register_forward_backward_fusion,
 )
 
+TESTED = {"quack-kernels": "0.6.4", "nvidia-cutlass-dsl-libs-base": "4.6.2"}
+"""With another compiler a kernel of others' was seen to return zeros, see tests/gpu/README.md."""
 ALIGNED = 16
 """What weights' sizes are multiples of: gate and up then begin at the 16 bytes that TMA asks for."""
+
+logger = logging.getLogger("megaqwen.training")
 
 
 class SwiGLUMLP(FusedOperation):  # type: ignore[misc]
@@ -84,10 +94,27 @@ class SwiGLUMLP(FusedOperation):  # type: ignore[misc]
 
 def install() -> None:
     """Let Transformer Engine's sequences use it: with quack, on GPUs that it was measured on."""
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    known = hopper and importlib.util.find_spec("quack") is not None
-    if known and fuse not in OperationFuser.forward_backward_fusion_functions:
+    if fuse in OperationFuser.forward_backward_fusion_functions:
+        return
+    if torch.cuda.get_device_capability() == (9, 0) and quack_is_known():
         register_forward_backward_fusion(fuse)
+
+
+@cache
+def quack_is_known() -> bool:
+    """Whether it is there, and it and its compiler are those that were tested; else a warning says so."""
+    if importlib.util.find_spec("quack") is None:
+        return False
+    there = {name: version(name) for name in TESTED}
+    if there != TESTED:
+        tested, found = (
+            ", ".join(f"{name} {number}" for name, number in each.items())
+            for each in (TESTED, there)
+        )
+        logger.warning(
+            f"SwiGLU stays apart from the matrix products: they were tested with {tested}, not {found}"
+        )
+    return there == TESTED
 
 
 def fuse(operations: list[Any], *, recipe: Any, **unused: Any) -> list[Any]:
@@ -117,6 +144,7 @@ def can_fuse(first: Any, swiglu: Any = None, second: Any = None) -> bool:
             and linear.weight.dtype is torch.bfloat16
             and linear.weight.requires_grad
             and not any(size % ALIGNED for size in linear.weight.shape)
+            and not is_quantized_tensor(linear.weight)
             # Of Megatron's FSDP, whose sums are begun anew, or are elsewhere.
             and not getattr(linear.weight, "overwrite_main_grad", False)
             and not hasattr(linear.weight, "__fsdp_param__")
