@@ -43,7 +43,7 @@ which the third may be on a GPU.
 LONG_PASSES = 2
 """Of a long sequence: transformers' in float32 and in bfloat16."""
 ATTENTION = 28
-"""Operations for two positions and a channel of a head: 4, in the plainest attention at a seventh of the rate."""
+"""For two positions and a channel of a head: 4 operations, at a seventh of the rate of large products."""
 LONG_SHARE = 0.25
 """Of parity.minutes, what it may take beside the others."""
 LEAST_LONG = 2 * PARTS * IN_PART
