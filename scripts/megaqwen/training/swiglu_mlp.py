@@ -10,7 +10,7 @@ order and their gradients are Megatron's. tests/gpu/README.md has what it gains.
 import importlib.util
 import logging
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def quack_is_known() -> bool:
     """Whether it is there, and it and its compiler are those that were tested; else a warning says so."""
     if importlib.util.find_spec("quack") is None:
         return False
-    there = {name: version(name) for name in TESTED}
+    there = {name: version_of(name) for name in TESTED}
     if there != TESTED:
         tested, found = (
             ", ".join(f"{name} {number}" for name, number in each.items())
@@ -115,6 +115,14 @@ def quack_is_known() -> bool:
             f"SwiGLU stays apart from the matrix products: they were tested with {tested}, not {found}"
         )
     return there == TESTED
+
+
+def version_of(package: str) -> str:
+    """Of what is installed, or none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def fuse(operations: list[Any], *, recipe: Any, **unused: Any) -> list[Any]:
