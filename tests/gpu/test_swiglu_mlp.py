@@ -133,3 +133,21 @@ def test_what_it_does_not_know_is_left_to_transformer_engine() -> None:
     assert kinds(first, ops.SwiGLU()) == apart[:2]
     second.weight.requires_grad_(False)
     assert kinds(first, ops.SwiGLU(), second) == apart
+
+
+def test_another_quack_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformer_engine.pytorch.ops.fuser import OperationFuser
+
+    from megaqwen.training import swiglu_mlp
+
+    monkeypatch.setattr(OperationFuser, "forward_backward_fusion_functions", [])
+    monkeypatch.setitem(swiglu_mlp.TESTED, "quack-kernels", "0.0.0")
+    swiglu_mlp.quack_is_known.cache_clear()
+    try:
+        swiglu_mlp.install()
+        assert OperationFuser.forward_backward_fusion_functions == []
+        assert "they were tested with quack-kernels 0.0.0" in caplog.text
+    finally:
+        swiglu_mlp.quack_is_known.cache_clear()
