@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_mlp import START, sequence
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available()
@@ -16,28 +17,6 @@ pytestmark = pytest.mark.skipif(
     reason="no H100: run `uv sync --extra gpu && uv run pytest tests/gpu` on a machine that has one",
 )
 Results = dict[str, torch.Tensor]
-START = 0.5
-"""What gradients are added to."""
-
-
-def sequence(first: torch.Tensor, second: torch.Tensor, total: torch.dtype | None) -> Any:
-    """Linear, SwiGLU and linear, whose gradients are added to a main_grad of this dtype, or returned."""
-    from transformer_engine.pytorch import ops
-
-    layers = []
-    for weight in (first, second):
-        layer = ops.BasicLinear(
-            weight.shape[1],
-            weight.shape[0],
-            device="cuda",
-            dtype=torch.bfloat16,
-            accumulate_into_main_grad=total is not None,
-        )
-        layer.weight = torch.nn.Parameter(weight.clone())
-        if total is not None:
-            layer.weight.main_grad = torch.full_like(weight, START, dtype=total)
-        layers.append(layer)
-    return ops.Sequential(layers[0], ops.SwiGLU(), layers[1])
 
 
 def run(model: Any, inputs: torch.Tensor, upstream: torch.Tensor) -> Results:
