@@ -32,9 +32,9 @@ def main() -> int:
     """A line for each shape."""
     prepare_gpu()
     import torch
+    from benchmark_attention import seconds_of
     from transformer_engine.pytorch.ops.fuser import OperationFuser
 
-    from benchmark_attention import seconds_of
     from megaqwen.training.swiglu_mlp import fuse
 
     torch.manual_seed(0)
