@@ -28,6 +28,7 @@ from pathlib import Path
 from megaqwen.checkpoints import beside, newest_finished, prepare
 from megaqwen.console import EXIT_BAD_INPUT
 from megaqwen.errors import STOPPED, InputError, disk_is_full, is_disk_full
+from megaqwen.provenance import check_writable
 from megaqwen.training import attempts
 from megaqwen.training.launch import CONTAINERS, GPUS_PER_NODE, Launch
 from megaqwen.training.lease import Lease, leased
@@ -78,9 +79,8 @@ def main() -> int:
     except InputError as error:
         log.say(f"error: {error}", "ERROR")
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        log.say(disk_is_full(error), "ERROR")
+        what = f"error: {error.filename or 'the launcher'}: {error.strerror or error}"
+        log.say(disk_is_full(error) if is_disk_full(error) else what, "ERROR")
     return EXIT_BAD_INPUT
 
 
@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
 def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -> int:
     """Run the ranks as the only ones that write to the checkpoints, and record what became of it."""
     directory = arguments.checkpoints
+    check_writable(directory, named_by="the checkpoints' directory")
     lease = Lease(directory=directory, say=log.say)
     with leased(lease) as environment:
         if changed := set_apart(directory, arguments.trained_from):
@@ -152,7 +153,12 @@ def attempt(arguments: argparse.Namespace, command: list[str], log: LaunchLog) -
         if arguments.try_number > 1:
             attempts.check_progress(directory, record)
         attempts.record_start(directory, record)
-        ended = run_ranks(arguments, command, environment, log, lease)
+        try:
+            ended = run_ranks(arguments, command, environment, log, lease)
+        except OSError as error:  # no rank was started, or the log took no more
+            reached = newest_finished(directory)
+            attempts.record_end(directory, record, reached=reached, reason=str(error), failed=True)
+            raise
         reason = "finished" if not ended.code else ended.signal or log.reason()
         attempts.record_end(
             directory,

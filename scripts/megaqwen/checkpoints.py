@@ -63,6 +63,12 @@ def write_sizes(directory: Path) -> None:
     write_json(directory / FILES, {"files": sizes})
 
 
+def forget_save(directory: Path) -> None:
+    """Remove what says that an iteration is whole: it is saved again, which may be cut short."""
+    for path in (directory / FILES, directory / LAST_OF_MEGATRON, *directory.glob(CHECKSUMS)):
+        path.unlink(missing_ok=True)
+
+
 def megatron_files(directory: Path) -> list[str]:
     """The names of the files that Megatron wrote; ours are still being written while this is asked."""
     names = (path.name for path in directory.iterdir() if path.is_file())
@@ -81,7 +87,9 @@ def write_checksums(directory: Path, writer: str, names: Iterable[str]) -> None:
 
 def is_finished(directory: Path) -> bool:
     """Whether Megatron wrote all of it: else a kill or a full disk cut the save short."""
-    return (directory / LAST_OF_MEGATRON).is_file() and (directory / ".metadata").is_file()
+    last = directory / LAST_OF_MEGATRON
+    # A full disk leaves an empty one.
+    return last.is_file() and last.stat().st_size > 0 and (directory / ".metadata").is_file()
 
 
 def damage(directory: Path, verify: Verify) -> list[str]:

@@ -19,10 +19,11 @@ import psutil
 import pytest
 import torch
 
-from commands import ROOT
+from commands import ROOT, run_script
 from megaqwen.checkpoints import FILES, TRACKER, is_finished, iterations
 from megaqwen.provenance import read_json
 from megaqwen.training.attempts import read_attempts
+from megaqwen.training.metrics import read_metrics
 from megaqwen.training.supervise import is_alive
 from workspace import Workspace, differing, losses, weights
 
@@ -225,6 +226,26 @@ def test_a_full_disk_in_a_save(
     assert differing(weights(workspace, training.directory, 6), expected) == []
 
 
+def test_a_loss_that_is_no_number_ends_training_and_is_no_stop(workspace: Workspace) -> None:
+    """It would come again from what is saved: the third try is none."""
+    wild = {"lr": 1e30, "min_lr": 1e30, "lr_warmup_iters": 0, "clip_grad": 0.0, "save_interval": 6}
+    options = {**OPTIONS, **wild, "use_distributed_optimizer": False}
+    words = workspace.launch_words("wild", 1, options)
+    checkpoints = Path(words[words.index("--checkpoints") + 1])
+    for _ in range(2):
+        done = run_script("launch.py", *words)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "error: a loss or a gradient is no number: Rank 0, " in done.stdout + done.stderr
+        assert "stopped" not in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert iterations(checkpoints) == []
+    assert [attempt.failed for attempt in read_attempts(checkpoints)] == [True, True]
+    alarms = [row for row in read_metrics(checkpoints / "metrics.jsonl") if "alarm" in row]
+    assert "found NaN in local" in alarms[-1]["alarm"]
+    done = run_script("launch.py", "--try-number", "3", *words)
+    assert done.returncode == 2
+    assert "not tried again" in done.stderr and "is no number" in done.stderr
+
+
 @pytest.mark.slow
 def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
     """From two data parallel ranks to two stages, to two tensor parallel ranks that take less memory."""
@@ -246,6 +267,7 @@ def test_another_layout_goes_on(workspace: Workspace, straight: Path) -> None:
     assert workspace.train("layouts", 2, tensor) == training.directory
     log = (workspace.directory / "layouts.log.rank1.log").read_text()
     assert "saved under another layout: tensor 1 -> 2, pipeline 2 -> 1, micro batch 2 -> 1" in log
+    assert "recompute_granularity None -> selective" in log
     assert "resuming after iteration 4" in log
     curve = losses(training.directory)
     assert max(abs(a - b) for a, b in zip(curve, straight_curve, strict=True)) < 1e-3

@@ -8,6 +8,8 @@ from megaqwen.checkpoints import (
     FILES,
     TRACKER,
     damage,
+    forget_save,
+    is_finished,
     iteration_name,
     iterations,
     prepare,
@@ -120,6 +122,22 @@ def test_the_tracker_is_corrected(root: Path, text: str) -> None:
     assert prepared.iteration == 6
     assert (root / TRACKER).read_text() == "6"
     assert f"named {text or 'none'}" in prepared.said[0]
+
+
+def test_one_whose_last_file_a_full_disk_left_empty_is_not_whole(root: Path) -> None:
+    newest = root / iteration_name(6)
+    (newest / "metadata.json").write_bytes(b"")
+    (newest / FILES).unlink()
+    found = prepare(root)
+    assert found.iteration == 4 and "iter_0000006, which is not complete" in found.said[0]
+
+
+def test_an_iteration_that_is_saved_again_is_not_whole_meanwhile(root: Path) -> None:
+    newest = root / iteration_name(6)
+    forget_save(newest)
+    assert not is_finished(newest) and {path.name for path in newest.iterdir()} == {
+        *(DATA, "__1_0.distcp", ".metadata")
+    }
 
 
 def test_where_none_is_whole_training_starts_again(root: Path) -> None:

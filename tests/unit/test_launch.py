@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import options, run_script
+from megaqwen.training.attempts import read_attempts
 
 COMMAND = ["scripts/train.py", "--config", "a b.yaml", "--model", "hf"]
 FORBIDDEN = {"torch", "megatron", "transformers", "numpy"}
@@ -84,3 +85,24 @@ def test_an_environment_that_is_none_is_refused(tmp_path: Path) -> None:
     done = launch(tmp_path, "--environment", "NCCL_DEBUG=INFO ib0")
     assert done.returncode == 2
     assert "--environment: ib0 is not NAME=VALUE" in done.stderr
+
+
+def test_ranks_that_cannot_be_started_are_a_line_and_an_attempt(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    checkpoints = tmp_path / "checkpoints" / "digest"
+    words = ("--launcher", "srun", "--log", tmp_path / "log", "--checkpoints", checkpoints)
+    path = {"PATH": str(tmp_path / "bin")}  # without srun
+    done = run_script("launch.py", *words, "train.py", environment=path)
+    assert done.returncode == 2 and "error: srun: No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    (attempt,) = read_attempts(checkpoints)
+    assert attempt.failed and "srun" in attempt.reason
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/sys/checkpoints"])
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path, place: str) -> None:
+    words = ("--log", tmp_path / "log", "--checkpoints", place, "train.py")
+    done = run_script("launch.py", *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    assert "error: " in done.stderr and place.split("/")[1] in done.stderr

@@ -14,7 +14,15 @@ import psutil
 import pytest
 
 from megaqwen.errors import InputError
-from megaqwen.training.lease import NAME, Lease, Owner, check_held, read_owner, this_process
+from megaqwen.training.lease import (
+    NAME,
+    Lease,
+    Owner,
+    beginning,
+    check_held,
+    read_owner,
+    this_process,
+)
 
 
 def lease(directory: Path, said: list[str] | None = None, **settings: float) -> Lease:
@@ -59,7 +67,7 @@ def test_an_owner_who_lives_on_this_machine_is_named(tmp_path: Path) -> None:
 
 
 def test_an_owner_whose_process_is_gone_is_replaced(tmp_path: Path) -> None:
-    reused = replace(this_process(), process_started=psutil.Process().create_time() - 100)
+    reused = replace(this_process(), process_began=beginning(psutil.Process()) - 100)
     put(tmp_path, reused)
     said: list[str] = []
     mine = lease(tmp_path, said)
@@ -69,8 +77,16 @@ def test_an_owner_whose_process_is_gone_is_replaced(tmp_path: Path) -> None:
     mine.release()
 
 
+def test_a_clock_that_is_set_ends_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = this_process()
+    began = psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began + 3600)
+    assert owner.is_running() and not owner.is_gone()
+    assert beginning(psutil.Process(1)) < owner.process_began  # in ticks since the machine began
+
+
 def test_ranks_that_a_dead_owner_left_keep_others_out(tmp_path: Path) -> None:
-    gone = replace(this_process(), process_started=0.0)
+    gone = replace(this_process(), process_began=0.0)
     put(tmp_path, gone)
     words = [sys.executable, "-c", "import time; time.sleep(600)"]
     with subprocess.Popen(words, env={**os.environ, "MEGAQWEN_LEASE": gone.token}) as left:

@@ -136,6 +136,18 @@ def test_alarms_are_kept_and_said(
     assert {"iteration": 2, "alarm": "the loss is nan"} in read_metrics(file)
 
 
+def test_the_first_iteration_after_a_start_may_be_no_number_too(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    resumed = writer(tmp_path / "metrics.jsonl", first_iteration=3)
+    clock[0] += 1
+    resumed.add_scalar("lm loss", float("nan"), 4)
+    resumed.end_iteration(4)
+    (alarm,) = (row for row in read_metrics(tmp_path / "metrics.jsonl") if "alarm" in row)
+    assert alarm == {"iteration": 4, "alarm": "the loss is nan"}
+    assert list(resumed.alarms.seconds) == []
+
+
 def test_an_iteration_of_which_no_loss_is_told_is_no_usual_one(
     tmp_path: Path, clock: list[float]
 ) -> None:

@@ -23,7 +23,7 @@ def locked(state: Path, owner: Owner | None) -> Path:
 
 
 def killed() -> Owner:
-    return replace(this_process(), process_started=0.0)
+    return replace(this_process(), process_began=0.0)
 
 
 def test_of_a_killed_run(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ import pytest
 from megaqwen.config.sections import Tracking
 from megaqwen.errors import InputError
 from megaqwen.training import trackers
-from megaqwen.training.trackers import check_installed, numbers, start_trackers
+from megaqwen.training.trackers import (
+    Tracker,
+    check_installed,
+    numbers,
+    start_trackers,
+    training_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +74,35 @@ def test_mlflow_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         found = rows.fetchall()
     assert [row[1:] for row in found] == [("loss", 1, 2.5), ("loss", 2, 1.25)]
     assert len({row[0] for row in found}) == 1, json.dumps(found)
+
+
+def test_a_server_that_is_away_is_said_once_and_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[int] = []
+
+    def log(record: trackers.Record) -> None:
+        asked.append(int(record["iteration"]))
+        if record["iteration"] == 2:
+            raise ConnectionError("503 from mlflow.example")
+
+    tracker = Tracker("tracking.mlflow_experiment", lambda: log)
+    tracker({"iteration": 1, "alarm": "only words"})
+    for iteration in (1, 2, 3):
+        tracker({"iteration": iteration, "loss": 2.5})
+    assert asked == [1, 2]
+    assert caplog.text.count("tracking.mlflow_experiment gets no more records: 503 from") == 1
+
+    def start() -> trackers.Log:
+        raise PermissionError("no such key")
+
+    Tracker("tracking.wandb_project", start)({"iteration": 1, "loss": 2.5})
+    assert caplog.text.count("tracking.wandb_project gets no more records: no such key") == 1
+
+
+def test_two_trainings_of_one_config_have_curves_of_their_own(tmp_path: Path) -> None:
+    """As those of a sweep over micro batches, whose checkpoints' directories are named alike."""
+    one, two, old = (tmp_path / run / "digest" for run in ("one", "two", "old"))
+    keys = [training_key(place, 0) for place in (one, two)]
+    assert len(set(keys)) == 2 and keys[0] == training_key(one, 0) == training_key(one, 50)
+    assert training_key(old, 50) == "digest"  # began before keys were kept

@@ -21,6 +21,9 @@ TRACKED = "the `tracking` section says where curves go, so that naming a place t
 LOGGED = "each iteration's figures are kept: metrics.jsonl, alarms and curves are made of them"
 LAUNCH = "the launcher and the machine decide it"
 SIGNALS = "training always saves and stops when it is told to: the profile chooses the signal"
+FAULTS = (
+    "training ends, and says so, at a loss or a gradient that is no number: nothing is done twice"
+)
 ITERATIONS = "training is counted in iterations: use train_iters, lr_decay_iters, lr_warmup_iters"
 BATCHES = "every iteration has global_batch_size samples"
 DEPRECATED = "Megatron calls it deprecated or no longer reads it"
@@ -122,6 +125,7 @@ BY_PREFIX: dict[str, str] = {
 BY_GROUP: dict[str, str] = {
     "tokenizer": TOKENIZER,
     "autoresume": SIGNALS,
+    "rerun engine": FAULTS,
     "rl": OTHER,
     "biencoder": OTHER,
     "vision": OTHER,

@@ -30,17 +30,18 @@ class Alarms:
         self.said: dict[str, int] = {}
 
     def observe(
-        self, iteration: int, *, loss: float, gradient_norm: float, seconds: float
+        self, iteration: int, *, loss: float, gradient_norm: float, seconds: float | None
     ) -> list[str]:
-        """The alarms of an iteration; what it was is the usual of later ones."""
+        """The alarms of an iteration; what it was is the usual of later ones, but for no seconds."""
         found = {
             "finite": self.not_finite(loss, gradient_norm),
             "spike": self.spike(loss),
-            "slow": self.slow(seconds),
+            "slow": None if seconds is None else self.slow(seconds),
         }
         if math.isfinite(loss):
             self.losses.append(loss)
-        self.seconds.append(seconds)
+        if seconds is not None:
+            self.seconds.append(seconds)
         return [text for kind, text in found.items() if text and self.is_new(kind, iteration)]
 
     def is_new(self, kind: str, iteration: int) -> bool:

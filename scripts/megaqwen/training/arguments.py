@@ -64,6 +64,8 @@ def training_options(
         "vocab_size": hf_config["vocab_size"],
         "create_attention_mask_in_dataloader": False,
         "exit_signal_handler": True,
+        # Else Megatron would compute a NaN again, save what was before, and wait for another GPU.
+        "rerun_mode": "disabled",
     }
     if config.data.kind == "sft":
         # Gradients are averaged over target tokens, of which micro batches and ranks have unlike numbers.

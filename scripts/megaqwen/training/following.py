@@ -16,7 +16,7 @@ from megaqwen.training.evaluation import Evaluations
 from megaqwen.training.flops import flops_per_token, peak_of
 from megaqwen.training.metrics import MetricsWriter
 from megaqwen.training.preflight import TrainingRun
-from megaqwen.training.trackers import start_trackers
+from megaqwen.training.trackers import start_trackers, training_key
 from megaqwen.training.waits import Waits
 
 METRICS = "metrics.jsonl"
@@ -42,9 +42,27 @@ def watch_metrics(run: TrainingRun, resumed: int, waits: Waits) -> None:
     writer.trackers = start_trackers(
         run.config.tracking,
         run=run.config.run,
-        key=run.checkpoints.name,
+        key=training_key(run.checkpoints, resumed),
         directory=run.checkpoints,
     )
+    megatron_train = megatron_training.train
+
+    def train(*values: Any, **named: Any) -> Any:
+        writer.end_pause()  # what was set up and loaded before is no iteration's time
+        return megatron_train(*values, **named)
+
+    megatron_training.train = train
+    megatron_finalize = megatron_training.maybe_finalize_async_save
+
+    def maybe_finalize_async_save(*values: Any, **named: Any) -> Any:
+        if not named.get("blocking"):
+            return megatron_finalize(*values, **named)
+        writer.begin_pause()
+        result = megatron_finalize(*values, **named)
+        writer.end_pause()
+        return result
+
+    megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
     megatron_evaluate = megatron_training.evaluate_and_print_results
     evaluations = Evaluations(run.checkpoints, get_train_valid_test_num_samples())
 

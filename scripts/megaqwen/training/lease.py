@@ -44,8 +44,8 @@ class Owner:
     machine: str
     """One boot of one machine, and its process numbers: where `pid` means something."""
     pid: int
-    process_started: float
-    """So that another process of the same number is not taken for it."""
+    process_began: float
+    """So that another process of the same number is not taken for it: see `beginning`."""
     slurm_job_id: str | None
     since: str
 
@@ -62,7 +62,7 @@ class Owner:
         """Whether its process is there; ask only where `is_here`."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.process_started) < 1 and is_alive(process)
+            return abs(beginning(process) - self.process_began) < 1 and is_alive(process)
         return False
 
     def is_gone(self) -> bool:
@@ -81,6 +81,19 @@ def this_machine() -> str:
     return socket.gethostname()
 
 
+def beginning(process: psutil.Process) -> float:
+    """When a process began, in ticks since the machine did: a clock that is set changes nothing.
+
+    Where /proc does not tell, in seconds of that clock.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        told = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return float(
+            told.rpartition(")")[2].split()[19]
+        )  # the 22nd field, after a name with any bytes
+    return process.create_time()
+
+
 def this_process() -> Owner:
     """This process as an owner, with a new token."""
     return Owner(
@@ -88,7 +101,7 @@ def this_process() -> Owner:
         host=socket.gethostname(),
         machine=this_machine(),
         pid=os.getpid(),
-        process_started=psutil.Process().create_time(),
+        process_began=beginning(psutil.Process()),
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),
         since=iso_time(time.time()),
     )

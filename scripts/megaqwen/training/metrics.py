@@ -175,10 +175,12 @@ class MetricsWriter:
             iteration=iteration,
         )
         loss, norm = self.pending.get("loss"), self.pending.get("gradient_norm", 0.0)
-        # The first iteration after a start says nothing of how long one takes.
-        if iteration > self.first_iteration + 1 and loss is not None:
-            alarms = self.alarms.observe(iteration, loss=loss, gradient_norm=norm, seconds=seconds)
-            for text in alarms:
+        if loss is not None:
+            # The first iteration after a start says nothing of how long one takes.
+            timed = seconds if iteration > self.first_iteration + 1 else None
+            for text in self.alarms.observe(
+                iteration, loss=loss, gradient_norm=norm, seconds=timed
+            ):
                 self.alarm(text)
         self.pending = {}
 
@@ -202,7 +204,7 @@ class MetricsWriter:
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         for log in self.trackers:
-            log(record)
+            log(record)  # which raises nothing
 
     def live(self, text: str, *, last: bool, iteration: int) -> None:
         """Show the live line: rewritten on a terminal; elsewhere about twenty lines a training."""

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +54,8 @@ from megaqwen.training.waits import Waits
 from megaqwen.training.workers import ended_by_failure
 
 logger = logging.getLogger("megaqwen.training")
+NOT_FINITE = "Unexpected result"
+"""In Megatron's words for a loss or a norm of gradients that is no number, or none that is finite."""
 
 
 def pretrain_run(run: TrainingRun) -> None:
@@ -117,11 +121,15 @@ def pretrain_on(run: TrainingRun) -> None:
         say_epochs(run)
     container = pretrain_cfg_container_from_args(arguments, model)
     try:
-        with memory_advice(arguments.micro_batch_size), ended_by_failure():
+        with memory_advice(arguments.micro_batch_size), finite(), ended_by_failure():
             pretrain(container, provider, ModelType.encoder_or_decoder, waits.timed(step))
     except SystemExit as stop:
         if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
             writer.end_live_line()
+        if stop.code != 0:  # it does where it cannot read a checkpoint
+            raise InputError(
+                f"Megatron ended training by itself (exit code {stop.code}): its log says why"
+            ) from stop
         saving.finish_stopped()  # what is resumed from has checksums as well
         raise Stopped(
             f"iteration {tracked_iteration(run.checkpoints)} of {arguments.train_iters} is saved"
@@ -132,6 +140,23 @@ def pretrain_on(run: TrainingRun) -> None:
         finish(run)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def finite() -> Iterator[None]:
+    """Megatron's error at a loss or a gradient that is no number is an InputError, and an alarm."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NOT_FINITE not in str(error):
+            raise
+        if isinstance(writer := get_tensorboard_writer(), MetricsWriter):
+            writer.alarm(str(error))
+        raise InputError(
+            f"a loss or a gradient is no number: {error}. Nothing of that iteration was saved, and from"
+            " the last checkpoint it would come again: a smaller train.lr, a longer"
+            " train.lr_warmup_iters, a train.clip_grad or other data may help"
+        ) from error
 
 
 def validated_arguments() -> Namespace:

@@ -21,9 +21,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megaqwen.checkpoints import FILES, megatron_files, prune, write_checksums, write_sizes
+from megaqwen.checkpoints import (
+    forget_save,
+    megatron_files,
+    prune,
+    write_checksums,
+    write_sizes,
+)
 from megaqwen.config.sections import Checkpoints
 from megaqwen.errors import is_disk_full
+from megaqwen.layout import LAYOUT_OPTIONS
 from megaqwen.training import async_saving
 from megaqwen.training.copy_beside import COPY
 from megaqwen.training.cpu_checkpoints import saved_arguments
@@ -33,7 +40,7 @@ logger = logging.getLogger("megaqwen.training")
 
 STOPPING_SECONDS = 60.0  # that checksums may take of a stopped training's time to leave
 FULL = 16 << 20  # bytes that do not fit any more where a checkpoint took the last room
-LAYOUT = {
+NAMES = {
     "tensor": "tensor_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
     "context": "context_parallel_size",
@@ -46,13 +53,12 @@ LAYOUT = {
 def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str:
     """In words, what is laid out in another way than when the last checkpoint was saved."""
     saved = saved_arguments(checkpoints) if resumed else None
-    sizes = {
-        kind: (getattr(saved, name, None), getattr(arguments, name))
-        for kind, name in LAYOUT.items()
-    }
-    changes = (
-        f"{kind} {then} -> {now}" for kind, (then, now) in sizes.items() if then not in (None, now)
-    )
+    others = sorted(LAYOUT_OPTIONS - set(NAMES.values()))
+    changes = []
+    for kind, name in (*NAMES.items(), *zip(others, others, strict=True)):
+        now = getattr(arguments, name, None)
+        if saved is not None and (then := getattr(saved, name, now)) != now:
+            changes.append(f"{kind} {then} -> {now}")
     return ", ".join(changes)
 
 
@@ -98,7 +104,7 @@ class Saving:
         COPY.wait()  # of a save without an iteration since
         if torch.distributed.get_rank() == 0:
             check_held(self.checkpoints, self.token)
-            (directory / FILES).unlink(missing_ok=True)  # of an earlier save of this iteration
+            forget_save(directory)
 
     def end(self, directory: Path) -> None:
         """All ranks have written: record it."""

@@ -4,14 +4,21 @@ The first comes with Megatron, the second with this project's extra `mlflow`. Wi
 what they record stays beside the checkpoints, from where `wandb sync` sends it and `mlflow ui` shows it.
 """
 
+import logging
 import os
+import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megaqwen.config.sections import Tracking
 from megaqwen.errors import InputError
+from megaqwen.provenance import read_json, write_json
+
+KEY = "tracking.json"  # beside the checkpoints
+logger = logging.getLogger("megaqwen.training")
 
 Record = Mapping[str, Any]
 Log = Callable[[Record], None]
@@ -45,12 +52,54 @@ def start_trackers(tracking: Tracking, *, run: str, key: str, directory: Path) -
         key: Of the training: one that is resumed goes on in the same curve.
         directory: Where they write.
     """
-    logs = []
-    if tracking.wandb_project:
-        logs.append(wandb_log(tracking.wandb_project, run, key, directory))
-    if tracking.mlflow_experiment:
-        logs.append(mlflow_log(tracking.mlflow_experiment, run, key, directory))
-    return logs
+    wanted = {
+        "wandb_project": (tracking.wandb_project, wandb_log),
+        "mlflow_experiment": (tracking.mlflow_experiment, mlflow_log),
+    }
+    return [
+        Tracker(f"tracking.{field}", partial(start, name, run, key, directory))
+        for field, (name, start) in wanted.items()
+        if name
+    ]
+
+
+class Tracker:
+    """Takes records until it fails once: a server that is away ends no training."""
+
+    def __init__(self, name: str, start: Callable[[], Log]):
+        """Start it, if that can be done; `name` is the config's key."""
+        self.name = name
+        self.log: Log | None = None
+        self.log = self.tried(start)
+
+    def __call__(self, record: Record) -> None:
+        """Pass the record on."""
+        if self.log is not None and numbers(record).keys() != {"iteration"}:
+            self.tried(partial(self.log, record))
+
+    def tried(self, work: Callable[[], Any]) -> Any:
+        """What it gives; at an error that is said, and nothing is asked of it any more."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - whatever a client of a server raises
+            self.log = None
+            logger.warning(
+                "%s gets no more records: %s. metrics.jsonl has all of them", self.name, error
+            )
+            return None
+
+
+def training_key(directory: Path, resumed: int) -> str:
+    """Of one training: the directory's is that of its config, which several may have.
+
+    Args:
+        directory: The checkpoints.
+        resumed: The iteration that training goes on after; 0 where it begins.
+    """
+    file = directory / KEY
+    if not file.is_file():
+        write_json(file, {"key": directory.name if resumed else uuid.uuid4().hex})
+    return str(read_json(file)["key"])
 
 
 def numbers(record: Record) -> dict[str, float]:
@@ -84,12 +133,13 @@ def mlflow_log(experiment: str, run: str, key: str, directory: Path) -> Log:
         mlflow.set_tracking_uri(f"sqlite:///{directory.absolute()}/mlflow.db")
     mlflow.set_experiment(experiment)
     known = mlflow.search_runs(filter_string=f"tags.training = '{key}'", output_format="list")
-    mlflow.start_run(
+    started = mlflow.start_run(
         run_id=known[0].info.run_id if known else None, run_name=run, tags={"training": key}
     )
 
     def log(record: Record) -> None:
         figures = numbers(record)
-        mlflow.log_metrics(figures, step=int(figures.pop("iteration")))
+        step = int(figures.pop("iteration"))
+        mlflow.log_metrics(figures, step=step, run_id=started.info.run_id)  # from whatever thread
 
     return log
