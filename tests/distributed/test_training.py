@@ -14,6 +14,7 @@ import pytest
 
 from commands import options, run_script
 from megaqwen.provenance import read_json, write_json
+from megaqwen.training.metrics import read_metrics
 from workspace import Workspace, differing, forget_after, losses, weights, write_lines
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
@@ -56,6 +57,19 @@ def test_two_ranks_train_alike(one_rank: Path, data_parallel: Path) -> None:
     assert len(curve) == 4
     assert abs(curve[0] - expected[0]) < FIRST_LOSS_BOUND
     assert max(abs(a - b) for a, b in zip(expected, curve, strict=True)) < LOSS_BOUND
+
+
+def test_a_validation_may_have_micro_batches_of_its_own(
+    workspace: Workspace, one_rank: Path
+) -> None:
+    """Of two tensor parallel ranks one reads them, and the other has to know their size."""
+    options = {"tensor_model_parallel_size": 2, "eval_micro_batch_size": 4}
+    evaluated = workspace.train("own-micro-batch", 2, options)
+    (expected,), (found,) = (
+        [row["validation_loss"] for row in rows if "validation_loss" in row]
+        for rows in (read_metrics(each / "metrics.jsonl") for each in (one_rank, evaluated))
+    )
+    assert abs(found - expected) < LOSS_BOUND
 
 
 def test_a_copy_on_the_nodes_own_disk_changes_no_bit(

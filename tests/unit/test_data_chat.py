@@ -214,6 +214,16 @@ def test_a_content_that_is_taken_apart_is_refused(
     assert trained_on(tokenizers["qwen3"], *goes_on)[0] == f"{content}<|im_end|>"
 
 
+def test_reasoning_that_the_last_turn_lacks_is_refused(tokenizers: dict[str, Any]) -> None:
+    """Qwen3's template writes what follows the user's last question, and here is none."""
+    told = refused(
+        tokenizers["qwen3"],
+        {"role": "system", "content": "a"},
+        assistant("b", reasoning_content="because"),
+    )
+    assert told.startswith("the assistant's turn 1 leaves out its reasoning_content 'because'")
+
+
 def test_thinking_that_the_last_turn_lacks_is_refused(
     tokenizers: dict[str, ChatTokenizer],
 ) -> None:

@@ -45,6 +45,18 @@ def test_a_file_that_several_patterns_match_is_read_once() -> None:
     assert names("b.jsonl", "*.jsonl") == ["b.jsonl", "a.jsonl"]
 
 
+def test_a_file_that_several_paths_lead_to_is_read_once(tmp_path: Path) -> None:
+    place = tmp_path / "linked"
+    (place / "2024").mkdir(parents=True)
+    (place / "2024" / "a.jsonl").write_text("{}")
+    (place / "latest").symlink_to("2024")
+    (place / "current").symlink_to(".")
+    (place / "b.jsonl").symlink_to("2024/a.jsonl")
+    assert len(names(f"{place}/**/*.jsonl")) == 1
+    first = f"{place}/2024/a.jsonl"
+    assert names(first, f"{place}/../linked/*/a.jsonl") == [first]
+
+
 def test_a_file_whose_name_looks_like_a_pattern() -> None:
     assert names("odd[1].txt") == ["odd[1].txt"]
 

@@ -179,6 +179,7 @@ def test_reading_starts_before_the_file_is_known_to_be_whole(
         (b"[1, 2]", r":2: one JSON object a line is expected, found an array: '[1, 2]'"),
         (b'"a"', r":2: one JSON object a line is expected, found a string"),
         (b"[" * 100_000, r":2: not JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", r":2: not JSON (Exceeds the limit (4300 digits)"),
         (b'{"txt": "a", "id": 1}', r":2: no field 'text'. Fields that it has: txt, id. Did you"),
         (b'{"body": "a"}', r":2: no field 'text'. Fields that it has: body. Set text_field"),
         (b"{}", r":2: no field 'text'. Fields that it has: none. Set text_field in the config"),
@@ -221,6 +222,18 @@ def test_a_compressed_file_that_was_cut(tmp_path: Path, suffix: str, name: str) 
         told = refusal(path)
         assert told.startswith(f"{path}: ")
         assert told.endswith("get it again")
+
+
+def test_a_later_stream_of_xz_that_is_damaged_costs_no_documents_in_silence(tmp_path: Path) -> None:
+    """Python's own reader takes one that does not begin rightly for something that is not its own."""
+    first, second = (PACK[".xz"](json_lines([each]) + b"\n") for each in ("one", "two"))
+    for place in range(len(second)):
+        damaged = bytearray(second)
+        damaged[place] ^= 16
+        path = write(tmp_path / "a.jsonl.xz", first + bytes(damaged))
+        assert refusal(path).endswith("get it again")
+    assert read(write(tmp_path / "a.jsonl.xz", first + bytes(4096) + second)) == ["one", "two"]
+    assert "3 zeros follow a stream" in refusal(write(tmp_path / "a.jsonl.xz", first + bytes(3)))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
@@ -313,8 +326,11 @@ def test_a_saved_data_set_that_is_damaged(tmp_path: Path) -> None:
     told = refusal(directory, text_field="texts")
     assert "no column 'texts'. Columns that it has: text. Did you mean 'text'?" in told
     second = directory / "data-00001-of-00002.arrow"
-    second.write_bytes(second.read_bytes()[:-40])
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-40])
     assert refusal(directory).startswith(f"{second}: not a readable Arrow file: ")
+    second.write_bytes(whole[:-8])  # between two batches, where pyarrow sees nothing missing
+    assert "an Arrow stream without its end" in refusal(directory)
     second.unlink()
     assert refusal(directory).endswith(f"lacks {second}: save the data set again")
     (directory / "state.json").write_text("{}")

@@ -211,3 +211,19 @@ def test_lengths_that_do_not_add_up_are_never_merged(
         assert not list(tmp_path.glob("*.idx"))
     lengths.write_bytes(written)
     merge_parts(corpus, tokenizer, [tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_part_that_lost_some_of_its_tokens_is_never_merged(
+    folder: Path, tokenizer: DocumentTokenizer, tmp_path: Path, deduplicate: bool
+) -> None:
+    """As after a crash of its node, on whose disk they were not yet."""
+    corpus = mixed(folder, deduplicate=deduplicate)
+    parts = [tmp_path / str(index) for index in range(2)]
+    for index, part in enumerate(parts):
+        part.mkdir()
+        tokenize_part(corpus, tokenizer, part, Shard(index=index, count=2))
+    tokens = parts[1] / f"{corpus.name}.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(InputError, match=rf"{tokens} has [\d,]+ bytes where [\d,]+ were written"):
+        merge_parts(corpus, tokenizer, parts, tmp_path)

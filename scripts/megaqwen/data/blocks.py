@@ -20,7 +20,7 @@ from megaqwen.data.columns import arrow_rows, parquet_rows
 from megaqwen.data.conversations import COLUMNS, FIELDS
 from megaqwen.data.pieces import WHOLE, Shard, corpus_pieces
 from megaqwen.data.readers import Intake, jsonl_lines
-from megaqwen.data.records import choices, not_utf8, parse_record
+from megaqwen.data.records import UNREADABLE, choices, not_utf8, parse_record
 from megaqwen.errors import InputError
 
 Record = Mapping[str, Any]
@@ -55,7 +55,7 @@ class LinesBlock:
                 continue
             try:
                 record: Record | InputError = DECODER.decode(line)
-            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            except UNREADABLE:
                 try:  # Python's parser has the say: it takes NaN, and tells well what is wrong
                     record = parse_record(line, self.where(index))
                 except InputError as error:

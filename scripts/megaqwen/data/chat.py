@@ -116,6 +116,10 @@ class ChatTemplate:
             where = f"the assistant's turn {number}"
             if CLOSE in message["content"]:
                 self.check_thinking(message, turn, message is messages[-1], where)
+            for name in REASONING if message is messages[-1] else ():
+                thinking = str(message.get(name) or "").strip()
+                if thinking not in turn:
+                    raise InputError(f"{where} leaves out its {name} {thinking[:60]!r}")
             for words in own_words(message):
                 if words not in turn:
                     raise InputError(

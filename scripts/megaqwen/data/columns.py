@@ -13,6 +13,7 @@ from megaqwen.errors import InputError
 ROWS = 1024
 BYTES_OF_ROWS = 4 * 2**20
 ARROW_FILE_MAGIC = b"ARROW1"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 Choose = Callable[[pyarrow.Schema, Path], list[str]]
 Rows = tuple[int, pyarrow.RecordBatch]  # with the first one's number in its file, from 0
@@ -98,7 +99,11 @@ def arrow_rows(path: Path, choose: Choose) -> Iterator[Rows]:
 def arrow_batches(
     source: pyarrow.NativeFile, is_file: bool, choose: Choose, path: Path
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The chosen columns of each record batch."""
+    """The chosen columns of each record batch.
+
+    Raises:
+        InputError: A stream lacks its end.
+    """
     reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
     columns = choose(reader.schema, path)
     if is_file:
@@ -107,6 +112,16 @@ def arrow_batches(
     else:
         for batch in reader:
             yield batch.select(columns)
+        check_end(source, path)
+
+
+def check_end(source: pyarrow.NativeFile, path: Path) -> None:
+    """InputError where a stream lacks its end: pyarrow reads one that was cut between two batches."""
+    source.seek(max(source.size() - len(END_OF_STREAM), 0))
+    if source.read() != END_OF_STREAM:
+        raise InputError(
+            f"{path}: an Arrow stream without its end, as of a writer that was killed: get it again"
+        )
 
 
 def text_column(column: str) -> Choose:

@@ -197,5 +197,5 @@ def from_json(text: str, what: str, where: str) -> Any:
     """The value that a string writes as JSON."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: {what} is not JSON ({error}): {excerpt(text)}") from error

@@ -41,8 +41,8 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     """The files of a corpus in the order in which they are read; none for the built-in corpus.
 
     Patterns are taken in the order of the config, and the matches of each in sorted order. `**`
-    matches folders at any depth. A file that several patterns match is read once. A name that
-    exists as it stands is no pattern, whatever characters it has.
+    matches folders at any depth. A file that several patterns match, or one by several paths, is
+    read once. A name that exists as it stands is no pattern, whatever characters it has.
 
     Raises:
         FilesGone: A pattern matches no file, or a link to one that is not there.
@@ -50,12 +50,17 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     """
     if isinstance(corpus, BuiltinCorpus):
         return []
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}  # what each leads to
     for pattern in corpus.files:
-        found.update(dict.fromkeys(matching_files(corpus.name, pattern)))
-    for path in found:
+        for path in matching_files(corpus.name, pattern):
+            if path.parent not in folders:
+                folders[path.parent] = path.parent.resolve()
+            real = path.resolve() if path.is_symlink() else folders[path.parent] / path.name
+            found.setdefault(real, path)
+    for path in found.values():
         file_format(path, corpus)
-    return list(found)
+    return list(found.values())
 
 
 def matching_files(corpus: str, pattern: str) -> list[Path]:

@@ -65,6 +65,7 @@ def merge_parts(
     types = dict(zip(written_suffixes(tokenizer), dtypes(tokenizer), strict=False))
     loaded = (numpy.load(with_suffix(prefix, ".counts.npy")) for prefix in prefixes)
     token_counts = sum(map(numpy.atleast_2d, loaded))
+    check_files(corpus.name, prefixes, facts, types)
     length_files = [with_suffix(prefix, ".lengths") for prefix in prefixes]
     check_lengths(corpus.name, totals, file_chunks(length_files, numpy.int32))
     keep = None
@@ -179,6 +180,23 @@ def check_totals(corpus: Corpus, totals: dict[str, int], facts: list[dict[str, A
             f"{len(corpus_files(corpus))} files, and none of them has any text"
             + (f" of {corpus.min_characters} characters" if corpus.min_characters else "")
         )
+
+
+def check_files(
+    corpus: str,
+    prefixes: Sequence[Path],
+    facts: Sequence[Mapping[str, Any]],
+    suffixes: Iterable[str],
+) -> None:
+    """InputError unless each part's files are as long as they were written: a node may have lost some."""
+    for prefix, fact in zip(prefixes, facts, strict=True):
+        for suffix in suffixes:
+            path, written = with_suffix(prefix, suffix), fact["files"][suffix]["bytes"]
+            if (found := path.stat().st_size) != written:
+                raise InputError(
+                    f"corpus {corpus}: {path} has {found:,} bytes where {written:,} were written."
+                    f" Remove {path.parent} and tokenize it again"
+                )
 
 
 def check_lengths(

@@ -73,9 +73,9 @@ def corpus_pieces(corpus: FilesCorpus, shard: Shard = WHOLE) -> list[Piece]:
     if shard == WHOLE:
         return [Piece(path=path, format=kind) for path, kind in files]
     sizes = [path.stat().st_size for path, _ in files]
-    pieces, base = [], 0
+    pieces, base, total = [], 0, sum(sizes)
     for (path, kind), size in zip(files, sizes, strict=True):
-        piece = piece_of_file(path, kind, shard, base, size, sum(sizes))
+        piece = piece_of_file(path, kind, shard, base, size, total)
         if piece:
             pieces.append(piece)
         base += size

@@ -13,6 +13,9 @@ from megaqwen.errors import InputError
 
 NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What a decoder raises: ValueError of text that is no UTF-8, and of integers with too many digits."""
+
 Refuse = Callable[[InputError], None]
 
 
@@ -36,7 +39,7 @@ class LineParser:
         """
         try:
             texts: list[str] = [record.text for record in self.decoder.decode_lines(block)]
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        except UNREADABLE:
             return list(self.texts_by_line(block, where, refuse))
         if len(texts) == lines_of_objects(block):
             return texts
@@ -51,7 +54,7 @@ class LineParser:
                 continue
             try:
                 yield self.decoder.decode(line).text
-            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            except UNREADABLE:
                 # Python's parser has the say: it takes NaN, and tells well what is wrong.
                 name = where(index)
                 try:
@@ -83,7 +86,7 @@ def parse_record(line: bytes, where: str) -> dict[str, Any]:
     text = decode(line, where).rstrip("\r\n")
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of an integer with too many digits
         raise InputError(
             f"{where}: not JSON ({error}): one JSON object a line is expected, "
             f"found {excerpt(text)}"

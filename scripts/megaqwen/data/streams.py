@@ -59,6 +59,51 @@ class DigestedFile(io.RawIOBase):
         super().close()
 
 
+class XzSource:
+    """The unpacked bytes of one or several xz streams in a file.
+
+    lzma.open takes a later stream that does not begin as one for something else, and ends before it.
+    """
+
+    def __init__(self, file: DigestedFile):
+        self.file = file
+        self.decompressor = lzma.LZMADecompressor()
+        self.packed = b""
+        self.ended = False
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes; 0 at the end of the last stream."""
+        while not self.ended:
+            if self.decompressor.eof:
+                self.packed = self.decompressor.unused_data
+                self.ended = not self.next_stream()
+                continue
+            if self.decompressor.needs_input and not self.packed:
+                self.packed = self.file.read(BUFFER)
+                if not self.packed:
+                    raise EOFError("it ends within a stream")
+            data = self.decompressor.decompress(self.packed, max_length=len(buffer))
+            self.packed = b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+        return 0
+
+    def next_stream(self) -> bool:
+        """Go to the next stream, past zeros in fours as the format has them; False where none follows."""
+        zeros = 0
+        while True:
+            rest = self.packed.lstrip(b"\0")
+            zeros += len(self.packed) - len(rest)
+            self.packed = rest or self.file.read(BUFFER)
+            if rest or not self.packed:
+                break
+        if zeros % 4:
+            raise lzma.LZMAError(f"{zeros} zeros follow a stream, which are no multiple of 4")
+        self.decompressor = lzma.LZMADecompressor()
+        return bool(self.packed)
+
+
 class UnpackedStream(io.RawIOBase):
     """The unpacked bytes of a compressed file; a damaged or cut one is an InputError."""
 
@@ -69,7 +114,7 @@ class UnpackedStream(io.RawIOBase):
         kind = compression_of(path)
         self.source: Any
         if kind == "xz":
-            self.source = lzma.open(cast(Any, io.BufferedReader(file, BUFFER)))  # noqa: SIM115
+            self.source = XzSource(file)
         else:
             self.source = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), kind)
 

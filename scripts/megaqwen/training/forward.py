@@ -25,7 +25,9 @@ def micro_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch
     if not (first or last):
         return {}
     arguments = get_args()
-    shape = (arguments.micro_batch_size, arguments.seq_length)
+    training = torch.is_grad_enabled()
+    rows = arguments.micro_batch_size if training else arguments.eval_micro_batch_size
+    shape = (rows, arguments.seq_length)
     batch: Batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         if iterator is None:
