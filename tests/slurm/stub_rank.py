@@ -56,7 +56,7 @@ def save(checkpoints: Path, iteration: int) -> None:
     directory = checkpoints / iteration_name(iteration)
     directory.mkdir(exist_ok=True)
     for name in (".metadata", "metadata.json"):
-        (directory / name).touch()
+        (directory / name).write_text("{}")
     (checkpoints / TRACKER).write_text(str(iteration))
 
 
