@@ -1,7 +1,7 @@
 """The gates on training's dtype: Megatron's error in it, in units of transformers' own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,9 +70,20 @@ def long_ratios(ranks: FromRanks, weights: HuggingFaceWeights) -> list[list[floa
 def part_ratios(
     exact: Sequence[Sequences], own: Sequence[Sequences], outputs: Sequence[Tensor]
 ) -> list[list[float]]:
-    """`error_ratio` of each part of one sequence, at each point; arguments as of `hold_dtype`."""
+    """`ratios_at_points` of a batch's only sequence, each part of it as if it were one."""
+    return ratios_at_points(
+        *([point[0].chunk(PARTS) for point in each] for each in (exact, own, outputs))
+    )
+
+
+def ratios_at_points(
+    exact: Iterable[Iterable[Tensor]],
+    own: Iterable[Iterable[Tensor]],
+    outputs: Iterable[Iterable[Tensor]],
+) -> list[list[float]]:
+    """`error_ratio` of each sequence, at each point; arguments as of `hold_dtype`."""
     return [
-        [error_ratio(*part) for part in zip(*(each[0].chunk(PARTS) for each in point), strict=True)]
+        [error_ratio(*three) for three in zip(*point, strict=True)]
         for point in zip(exact, own, outputs, strict=True)
     ]
 
@@ -102,10 +113,7 @@ def hold_dtype(
         outputs: Megatron's, likewise.
         parts: Of each point the ratios of parts of a long sequence, of which the worst counts.
     """
-    ratios = [
-        [error_ratio(*three) for three in zip(*point, strict=True)]
-        for point in zip(exact, own, outputs, strict=True)
-    ]
+    ratios = ratios_at_points(exact, own, outputs)
     of_long = parts or [()] * len(ratios)
     held = [mean_and_least(*point) for point in zip(ratios, of_long, strict=True)]
     beyond = [not least <= threshold for _, least in held[:-1]]

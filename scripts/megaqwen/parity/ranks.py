@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def over_ranks(
     in_experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     size = Size(parameters=sum(sizes.values()), in_experts=in_experts)
 
+    @cache  # the gates over ranks ask for them, and the one on a GPU
     def texts() -> list[list[int]]:
         return list(tokenized_texts(model, data, config, limit, limit).values())
 
