@@ -98,12 +98,16 @@ def prepare_gpu() -> None:
     What is set already stays. Expandable segments keep memory from being cut into pieces that are too
     small (NCCL then has to leave CUDA graphs' buffers alone). Experts in groups are one matrix product of
     CUTLASS on Hopper GPUs instead of one of cuBLAS each: twice the tokens of 128 experts a second.
-    cuDNN's norms are faster than Transformer Engine's; it is torch's (`use_cudnn_of_torch`).
+    cuDNN's norms are faster than Transformer Engine's; it is torch's (`use_cudnn_of_torch`). Transformer
+    Engine pickles the scales of delayed FP8, and loads no pickle unless it is told that it may be
+    trusted: each checkpoint that is loaded was written by convert or by the same training, and its
+    checksums are held first.
     """
     if has_gpu():
         use_cudnn_of_torch()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
+    os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
     os.environ.setdefault("NVTE_NORM_BWD_USE_CUDNN", "1")

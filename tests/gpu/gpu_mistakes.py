@@ -51,6 +51,7 @@ def main() -> None:
     from megaqwen.data.builtin import builtin_documents
     from megaqwen.parity.batches import compared_at, long_batch, make_batches
     from megaqwen.parity.dtype_gates import hold_dtype, mean_and_least, part_ratios
+    from megaqwen.parity.fp8 import fp8_of
     from megaqwen.parity.gpu import THRESHOLDS, forward_options
     from megaqwen.parity.megatron import recorded_options
     from megaqwen.parity.reference import outputs_of
@@ -65,9 +66,14 @@ def main() -> None:
     ]
     (batch,) = make_batches(texts, 1, SEQUENCES, POSITIONS, vocabulary)
     long = long_batch(texts, LONG)
-    dtypes, at = (torch.float32, torch.bfloat16), compared_at(long)
-    exact, own = (outputs_of(weights, each, batch) for each in dtypes)
-    long_exact, long_own = (outputs_of(weights, each, long, at=at) for each in dtypes)
+    kinds, at = (
+        ((torch.float32, None), (torch.bfloat16, fp8_of(RECIPES[recipe]))),
+        compared_at(long),
+    )
+    exact, own = (outputs_of(weights, dtype, batch, fp8=fp8) for dtype, fp8 in kinds)
+    long_exact, long_own = (
+        outputs_of(weights, dtype, long, at=at, fp8=fp8) for dtype, fp8 in kinds
+    )
     rows = []
     for name in ["healthy", *names]:
         wrong, checkpoint = model, directory / name.replace(" ", "-") / "megatron"

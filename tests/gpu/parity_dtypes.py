@@ -1,18 +1,17 @@
-"""What FP8 does to the logits, in units of what bfloat16 does to transformers': figures to set a gate by.
+"""What Megatron's error in bfloat16 and FP8 is, in units of transformers': figures to set a gate by.
 
     uv run python tests/gpu/parity_dtypes.py --directory DIR [--sizes qwen3 Qwen2.5-0.5B] [--steps 30]
 
 Each model is made and trained that many steps by plain AdamW on the CPU, then converted. Megatron
-computes 16 sequences with Transformer Engine on one GPU, in bfloat16 and in the FP8 recipes that scale by
-what it sees (delayed scaling has seen nothing yet); its error against transformers' float32 is held
-against that of transformers' bfloat16, both on the CPU, as the parity stage's gate on the dtype does it.
-Printed and written to DIR/dtypes.json are the mean ratio, what is left of it less two standard errors,
-and the range over sequences: a gate on FP8 lies between the largest of these and what a mistake gives.
+computes 16 sequences with Transformer Engine on one GPU, in bfloat16 and in each recipe of FP8; its error
+against transformers' float32 is held against that of transformers in the same, both on the CPU, as the
+parity stage's gate on a GPU does it. Printed and written to DIR/dtypes.json are, of the logits, the mean
+ratio, what is left of it less two standard errors, and the range over sequences; the mean ratio of the
+worst layer; and what the error of FP8 is in units of transformers' in bfloat16.
 """
 
 import argparse
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,17 +20,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-
-from megaqwen.architecture import megatron_options  # noqa: E402
-from megaqwen.data.builtin import builtin_documents  # noqa: E402
-from trained_models import make_trained  # noqa: E402
+from megaqwen.environment import prepare_gpu  # noqa: E402
 
 RECIPES: dict[str, dict[str, Any]] = {
     "bfloat16": {"bf16": True},
     **{
         f"fp8 {recipe}": {"bf16": True, "fp8": "hybrid", "fp8_recipe": recipe}
-        for recipe in ("tensorwise", "blockwise")
+        for recipe in ("tensorwise", "blockwise", "delayed")
     },
 }
 SEQUENCES, POSITIONS = 16, 64
@@ -39,14 +34,18 @@ SEQUENCES, POSITIONS = 16, 64
 
 def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:
     """The ratios of each recipe."""
+    import torch
     from transformers import AutoTokenizer
 
+    from megaqwen.architecture import megatron_options
+    from megaqwen.data.builtin import builtin_documents
     from megaqwen.parity.batches import make_batches
-    from megaqwen.parity.dtype_gates import error_ratio, mean_and_least
+    from megaqwen.parity.dtype_gates import mean_and_least, ratios_at_points
+    from megaqwen.parity.fp8 import fp8_of
+    from megaqwen.parity.gpu import forward_options
+    from megaqwen.parity.gpu_process import forward
     from megaqwen.parity.megatron import recorded_options
-    from megaqwen.parity.ranked_model import model_options, ranked_model
     from megaqwen.parity.reference import outputs_of
-    from megaqwen.training.arguments import GPU_OPTIONS
     from megaqwen.weights import HuggingFaceWeights
 
     weights = HuggingFaceWeights(model)
@@ -55,19 +54,25 @@ def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.encode(text) for text in islice(builtin_documents(), 40)]
     (batch,) = make_batches(texts, 1, SEQUENCES, POSITIONS, vocabulary)
-    exact, own = (
-        outputs_of(weights, dtype, batch)[-1] for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact, in_bf16 = (outputs_of(weights, each, batch) for each in (torch.float32, torch.bfloat16))
     shape = (SEQUENCES, batch.shape[1] - 1)
     found = {}
     for name, options in RECIPES.items():
-        asked = model_options(recorded, checkpoint, vocabulary, options, shape, GPU_OPTIONS)
-        with ranked_model(asked) as ranked:
-            outputs = ranked.forward(batch, vocabulary)
-        assert outputs is not None
-        ratios = [error_ratio(*each) for each in zip(exact, own, outputs[-1], strict=True)]
+        fp8 = fp8_of(options)
+        own = outputs_of(weights, torch.bfloat16, batch, fp8=fp8) if fp8 else in_bf16
+        asked = forward_options(options, recorded, checkpoint, vocabulary, shape)
+        request = {"options": asked, "batch": batch, "long": None, "vocabulary": vocabulary}
+        outputs = forward({**request, "rounded_to": None})["outputs"]
+        *layers, ratios = ratios_at_points(exact, own, outputs)
         mean, least = mean_and_least(ratios)
-        found[name] = {"mean": mean, "least": least, "from": min(ratios), "to": max(ratios)}
+        found[name] = {
+            "mean": mean,
+            "least": least,
+            "from": min(ratios),
+            "to": max(ratios),
+            "worst layer": max(mean_and_least(each)[0] for each in layers),
+            "of bfloat16": mean_and_least(ratios_at_points(exact, in_bf16, outputs)[-1])[0],
+        }
         print(f"{model.parent.name}: {name}: {json.dumps(found[name])}", flush=True)
     return found
 
@@ -81,14 +86,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["qwen3", "qwen3_moe", "Qwen2.5-0.5B"])
     parser.add_argument("--steps", type=int, default=30, help="of training before (default: 30)")
     arguments = parser.parse_args()
-    from megaqwen.training import cpu_checkpoints, fused_kernels
+    prepare_gpu()  # before torch is imported
+    from megaqwen.parity import gpu_process
+    from megaqwen.training.arguments import GPU_OPTIONS
     from megaqwen.weights import convert_to_megatron
+    from trained_models import make_trained
 
-    fused_kernels.install()
-    cpu_checkpoints.install()  # what convert writes has no states of Transformer Engine either
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("cuda:nccl,cpu:gloo", rank=0, world_size=1)
+    gpu_process.join({"options": GPU_OPTIONS})
     found = {}
     for name in arguments.sizes:
         model, checkpoint = (arguments.directory / name / each for each in ("hf", "megatron"))

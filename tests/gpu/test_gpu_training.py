@@ -3,6 +3,7 @@
 Skipped without a GPU: run `uv sync --extra gpu` and `uv run pytest tests/gpu` on a machine that has one.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_bf16_follows_the_cpu(on_cpu: Path, in_bf16: Path) -> None:
     difference = largest_difference(losses(in_bf16), losses(on_cpu))
     print(f"bf16 on GPU against float32 on CPU: {difference:.2e} nats")
     assert 0 < difference < LOSS_BOUND_BF16
+
+
+def test_swiglu_is_within_the_products_of_megatron_s_mlp(
+    workspace: Workspace, in_bf16: Path
+) -> None:
+    """What Megatron makes of the MLP is still what the fusion looks for."""
+    if importlib.util.find_spec("quack") is None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no H100, or no quack-kernels")
+    log = (workspace.directory / "bf16.log.rank0.log").read_text()
+    assert log.count("SwiGLU is within the MLPs' matrix products") == 1
 
 
 def test_bf16_resumes_in_the_same_bits(workspace: Workspace, in_bf16: Path) -> None:

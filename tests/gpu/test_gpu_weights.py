@@ -3,12 +3,21 @@
 Skipped without a GPU: run `uv sync --extra gpu` and `uv run pytest tests/gpu` on a machine that has one.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from workspace import Workspace, differing, largest_difference, losses, prepare, weights
+from workspace import (
+    Workspace,
+    differing,
+    forget_after,
+    largest_difference,
+    losses,
+    prepare,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -53,9 +62,14 @@ def test_layers_of_transformer_engine_load_it_and_follow_the_cpu(other: Workspac
         other.export(f"export-{kind}", trained, options, "source")
 
 
-@pytest.mark.parametrize("kind", FP8)
-def test_what_was_trained_in_fp8_is_exported(qwen3: Workspace, kind: str) -> None:
-    trained = qwen3.train(kind, 1, FP8[kind])
+@pytest.fixture(scope="module", params=FP8)
+def in_fp8(request: pytest.FixtureRequest, qwen3: Workspace) -> tuple[str, Path]:
+    kind: str = request.param
+    return kind, qwen3.train(kind, 1, FP8[kind])
+
+
+def test_what_was_trained_in_fp8_is_exported(qwen3: Workspace, in_fp8: tuple[str, Path]) -> None:
+    kind, trained = in_fp8
     print(f"{kind}: losses {losses(trained)}")
     first, last = (weights(qwen3, trained, iteration) for iteration in (2, 4))
     assert {tensor.dtype for tensor in last.values()} == {torch.bfloat16}
@@ -65,3 +79,17 @@ def test_what_was_trained_in_fp8_is_exported(qwen3: Workspace, kind: str) -> Non
     assert (values <= 256) == ("fp8_param_gather" in FP8[kind])
     assert len(last["model.embed_tokens.weight"].unique()) > 256
     qwen3.export(f"export-{kind}", trained, FP8[kind], "source")
+
+
+def test_training_in_fp8_resumes_in_the_same_bits(
+    qwen3: Workspace, in_fp8: tuple[str, Path]
+) -> None:
+    """With the scales of delayed scaling, which are of the iterations before."""
+    kind, trained = in_fp8
+    expected, curve = weights(qwen3, trained, 4), losses(trained)
+    forget_after(trained, 2)
+    qwen3.train(kind, 1, FP8[kind])
+    log = (qwen3.directory / f"{kind}.log.rank0.log").read_text()
+    assert "resuming after iteration 2" in log
+    assert losses(trained) == curve
+    assert differing(weights(qwen3, trained, 4), expected) == []

@@ -27,8 +27,8 @@ def hold_dtypes(
 ) -> tuple[list[Gate], dict[str, list[float]]]:
     """The gates on what ranks computed in training's dtype on CPUs, and on what a GPU did.
 
-    No worse than transformers in the same dtype; in FP8, which it has not, by no more than FP8 adds to
-    its bfloat16 in a healthy model.
+    No worse than transformers in the same dtype; in FP8, which it has not, with its products rounded as
+    fp8.py does.
 
     Returns:
         The gates, and by gate the ratio of each sequence.
@@ -36,9 +36,8 @@ def hold_dtypes(
     measured = {DTYPE_GATE: ranks.outputs_in_dtype, GPU_GATE: ranks.outputs_on_gpu}
     if ranks.sampled is None or not any(measured.values()):
         return [], {}
-    exact, own = (
-        outputs_of(weights, dtype, ranks.sampled) for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact = outputs_of(weights, torch.float32, ranks.sampled)
+    own = outputs_of(weights, torch.bfloat16, ranks.sampled, fp8=ranks.fp8)
     gates, by_gate = [], {}
     for name, outputs in measured.items():
         if outputs is None:
@@ -61,9 +60,8 @@ def long_ratios(ranks: FromRanks, weights: HuggingFaceWeights) -> list[list[floa
     if ranks.long is None or ranks.long_on_gpu is None:
         return []
     at = compared_at(ranks.long)
-    exact, own = (
-        outputs_of(weights, dtype, ranks.long, at=at) for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact = outputs_of(weights, torch.float32, ranks.long, at=at)
+    own = outputs_of(weights, torch.bfloat16, ranks.long, at=at, fp8=ranks.fp8)
     return part_ratios(exact, own, ranks.long_on_gpu)
 
 
@@ -109,7 +107,7 @@ def hold_dtype(
         dtype: What Megatron computed in, in words.
         threshold: The most that the ratio may be.
         exact: transformers' in float32, of each layer and then of the logits.
-        own: The same in bfloat16.
+        own: The same in bfloat16, or with products in FP8.
         outputs: Megatron's, likewise.
         parts: Of each point the ratios of parts of a long sequence, of which the worst counts.
     """
@@ -117,20 +115,23 @@ def hold_dtype(
     of_long = parts or [()] * len(ratios)
     held = [mean_and_least(*point) for point in zip(ratios, of_long, strict=True)]
     beyond = [not least <= threshold for _, least in held[:-1]]
-    first = f"layer {beyond.index(True)}" if any(beyond) else "the head"
     ratio, least = held[-1]
+    first = ""
+    if any(beyond):
+        first = f"; the first beyond it: layer {beyond.index(True)}"
+    elif not least <= threshold:
+        first = "; the first beyond it: the head"
     long = (
         f", {max(parts[-1], key=nan_is_worst):.3g} of the worst part of a long one" if parts else ""
     )
-    unit = "" if dtype.startswith("bfloat16") else " in bfloat16"
+    unit = "" if dtype.startswith("bfloat16") else " with its products rounded so"
     gate = Gate(
         name=name,
         statistic=f"error of the logits in {dtype} against float32 in units of transformers' own"
         f"{unit}, less what may be chance, over {len(ratios[-1])} x {exact[-1][0].shape[0]} tokens",
         value=least,
         threshold=threshold,
-        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence{long};"
-        f" the first beyond it: {first}",
+        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence{long}{first}",
     )
     return gate, ratios[-1]
 

@@ -6,6 +6,7 @@ megaqwen.parity.gpu_process, in the surroundings that parity had before.
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,9 +26,9 @@ from megaqwen.training.supervise import end_with_parent
 
 THRESHOLDS = {
     "bfloat16": 1.1,
-    "fp8 tensorwise": 1.5,
-    "fp8 blockwise": 1.5,
-    "fp8 delayed": 1.5,  # after passes by which it learns its scales
+    "fp8 tensorwise": 1.2,
+    "fp8 blockwise": 1.2,
+    "fp8 delayed": 1.2,  # after passes by which it learns its scales
 }
 """By what training computes in: of FP8's recipes, those of which it is known what a healthy model has."""
 SECONDS = 1800
@@ -45,6 +46,13 @@ class Forwarded:
     long: list[Tensor] | None = None
     without_long: str = ""
     """Why the second was not computed, where it was asked for."""
+
+
+def last_error(said: str) -> str:
+    """The last line that names an error, which warnings may follow; else the last one."""
+    lines = [line.removeprefix("[rank0]:").strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["nothing"])[-1]
 
 
 def computes_in(train: Mapping[str, Any]) -> str | None:
@@ -81,8 +89,13 @@ def forward_options(
     )
     if (dispatcher := train.get("moe_token_dispatcher_type")) in ("allgather", "alltoall"):
         options["moe_token_dispatcher_type"] = dispatcher  # the third one is for several GPUs
-    # Weights alone are in memory: no optimizer, and no gradients for products to be added to.
-    return {**options, "skip_train": True, "gradient_accumulation_fusion": False}
+    return {
+        **options,
+        "micro_batch_size": shape[0],  # FP8's scales are of all that is computed at once
+        # Weights alone are in memory: no optimizer, and no gradients for products to be added to.
+        "skip_train": True,
+        "gradient_accumulation_fusion": False,
+    }
 
 
 def forward_elsewhere(
@@ -146,11 +159,10 @@ def forward_elsewhere(
         sys.stdout.write(done.stdout)  # into the stage's log
         sys.stdout.flush()
         if done.returncode:
-            last = ([line for line in done.stdout.splitlines() if line.strip()] or ["nothing"])[-1]
             raise InputError(
                 "the forward pass on a GPU failed, as training's would with these options and this"
-                f" installation: it exited with {done.returncode} and said last: {last.strip()}."
-                " All that it said is in the stage's log"
+                f" installation: it exited with {done.returncode} and said last:"
+                f" {last_error(done.stdout)}. All that it said is in the stage's log"
             )
         answer: dict[str, Any] = torch.load(told)
     if reason := answer.get("unmeasured"):

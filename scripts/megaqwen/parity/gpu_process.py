@@ -16,6 +16,8 @@ from megaqwen.environment import prepare_gpu
 
 BYTES = 5
 """Of a GPU's memory for each parameter: in bfloat16, and in FP8 both ways round, with its scales."""
+LOOKS = 2
+"""Of delayed scaling, whose first, if nothing was seen before, are of numbers that are too coarse."""
 LEFT_FREE = 2**31
 """Bytes for activations, logits and what libraries take."""
 
@@ -112,14 +114,18 @@ def forward(request: Mapping[str, Any]) -> dict[str, Any]:
     from megaqwen.parity.ranked_model import ranked_model
 
     options, vocabulary, long = (request[name] for name in ("options", "vocabulary", "long"))
+    delayed = options.get("fp8") and options.get("fp8_recipe", "delayed") == "delayed"
     with ranked_model(options, request["rounded_to"]) as model:
-        if options.get("fp8") and options.get("fp8_recipe", "delayed") == "delayed":
-            # It scales by what it saw in the steps before.
-            model.look_at(request["batch"])
-        found: dict[str, Any] = {"outputs": model.forward(request["batch"], vocabulary)}
+
+        def outputs(batch: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> Any:
+            for _ in range(LOOKS if delayed else 0):  # it scales by what it saw in the steps before
+                model.look_at(batch)
+            return model.forward(batch, vocabulary, at)
+
+        found: dict[str, Any] = {"outputs": outputs(request["batch"])}
         if long is not None:
             try:
-                found["long"] = model.forward(long, vocabulary, compared_at(long))
+                found["long"] = outputs(long, compared_at(long))
             except torch.OutOfMemoryError as error:
                 found["without_long"] = too_small(error)
         return found

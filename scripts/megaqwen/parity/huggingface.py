@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megaqwen.parity.fp8 import Fp8, ProductsInFp8
 from megaqwen.parity.points import Observations, Observed, observe
 from megaqwen.parity.routing import OtherChoices, following
 from megaqwen.weights import HuggingFaceWeights
@@ -33,14 +34,16 @@ class HuggingFaceLayers:
     are then called one by one, each with its weights just read.
     """
 
-    def __init__(self, weights: HuggingFaceWeights, dtype: torch.dtype):
+    def __init__(self, weights: HuggingFaceWeights, dtype: torch.dtype, fp8: Fp8 | None = None):
         """Build it without weights.
 
         Args:
             weights: Of the model directory.
             dtype: Of weights and arithmetic.
+            fp8: How the layers' products are rounded, where they are. Texts are then of one length and
+                computed at once, since scales are of all that is.
         """
-        self.weights, self.dtype = weights, dtype
+        self.weights, self.dtype, self.fp8 = weights, dtype, fp8
         config = AutoConfig.from_pretrained(weights.directory)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
@@ -86,16 +89,21 @@ class HuggingFaceLayers:
 
         The other model's choices of experts are followed at ties; what is seen are its own.
         """
-        layer = self.model.model.layers[index]
+        layer, tensors = self.model.model.layers[index], self.layer_tensors(index)
+        fp8 = self.fp8 if self.fp8 and self.fp8.holds(index, self.layers) else None
         with (
-            self.loaded(layer, self.layer_tensors(index)),
+            self.loaded(layer, fp8.rounded_weights(tensors) if fp8 else tensors),
+            ProductsInFp8(fp8) if fp8 else nullcontext(),
             observe(layer, POINTS) as seen,
             following(layer.mlp.gate, other) if other else nullcontext(),
         ):
-            outputs = [
-                layer(states[None], **call)[0]
-                for states, call in zip(hidden, self.calls, strict=True)
-            ]
+            if self.fp8:
+                outputs = list(layer(torch.stack(hidden), **self.calls[0]))
+            else:
+                outputs = [
+                    layer(states[None], **call)[0]
+                    for states, call in zip(hidden, self.calls, strict=True)
+                ]
         return outputs, [self.observed(each) for each in seen]
 
     @contextmanager

@@ -38,6 +38,7 @@ from megaqwen.parity.affordable import (
     reasons_not_to,
 )
 from megaqwen.parity.batches import make_batches
+from megaqwen.parity.fp8 import Fp8
 from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_outputs import expert_choices, to_last_rank
 from megaqwen.parity.ranked_model import (
@@ -81,6 +82,8 @@ class FromRanks:
     """Of `sampled`, likewise."""
     computes_in: str = ""
     """The dtype with the recipe of FP8, as THRESHOLDS in gpu.py has it."""
+    fp8: Fp8 | None = None
+    """What it does to numbers."""
     outputs_on_gpu: list[Tensor] | None = None
     """Of `sampled`, likewise, by Transformer Engine on a GPU."""
     long: Tensor | None = None

@@ -95,6 +95,7 @@ class RankedModel:
                 for chunk in self.model:
                     for parameter in chunk.parameters():
                         parameter.copy_(parameter.to(rounded_to))
+        self.micro_batch = arguments.micro_batch_size
         self.config = get_model_config(self.model[0])
         if self.optimizer is not None:  # with skip_train there is none
             self.config.grad_scale_func = self.optimizer.scale_loss
@@ -107,7 +108,7 @@ class RankedModel:
         data_ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
 
         def micro_batches() -> Iterator[dict[str, Tensor]]:
-            for index, tokens in enumerate(batch.split(MICRO_BATCH)):
+            for index, tokens in enumerate(batch.split(self.micro_batch)):
                 if index % data_ranks == rank:
                     read = tokens[:, :-1].contiguous()
                     yield {
@@ -127,10 +128,10 @@ class RankedModel:
             data_iterator=self.iterators(batch),
             model=self.model,
             num_microbatches=max(
-                1, len(batch) // MICRO_BATCH // mpu.get_data_parallel_world_size()
+                1, len(batch) // self.micro_batch // mpu.get_data_parallel_world_size()
             ),
             seq_length=batch.shape[1] - 1,
-            micro_batch_size=MICRO_BATCH,
+            micro_batch_size=self.micro_batch,
             **how,
         )
 

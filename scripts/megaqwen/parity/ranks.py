@@ -19,6 +19,7 @@ from megaqwen.config import Config
 from megaqwen.environment import Surroundings
 from megaqwen.parity.affordable import GPU_GATE, LONG, Size, long_positions
 from megaqwen.parity.batches import long_batch
+from megaqwen.parity.fp8 import fp8_of
 from megaqwen.parity.gpu import (
     THRESHOLDS,
     Forwarded,
@@ -137,6 +138,10 @@ def with_gpu(
     batch, limit = None, ""
     if dtype not in THRESHOLDS:
         forwarded = f"what {dtype} does to a healthy model is not known here"
+    elif train.get("te_precision_config_file"):
+        forwarded = (
+            "which products are in which dtype by te_precision_config_file is not known here"
+        )
     elif outside.no_gpu:
         forwarded = outside.no_gpu
     else:
@@ -163,6 +168,7 @@ def with_gpu(
         long_on_gpu=forwarded.long,
         unmeasured=found.unmeasured | ({LONG: reason} if reason else {}),
         computes_in=dtype,
+        fp8=fp8_of(train),
         seconds=seconds,
     )
 

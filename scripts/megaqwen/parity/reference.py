@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from megaqwen.parity.fp8 import Fp8
 from megaqwen.parity.huggingface import HuggingFaceLayers
 from megaqwen.parity.routing import OtherChoices, Routes, following
 from megaqwen.weights import HuggingFaceWeights
@@ -32,14 +33,16 @@ def outputs_of(
     choices: Routes | None = None,
     tie: float = 0.0,
     at: Tensor | slice = slice(None),
+    fp8: Fp8 | None = None,
 ) -> list[Sequences]:
     """What each layer makes of [sequences, positions + 1] tokens, and then the logits.
 
     [positions, hidden] of each sequence, and [positions, vocabulary], at the positions that are asked
     for. One layer is in memory at a time, as when both models walk through the texts. Of Megatron's
-    choices of experts those are followed that are ties, see routing.py.
+    choices of experts those are followed that are ties, see routing.py. With `fp8` the layers' products
+    are in it.
     """
-    model = HuggingFaceLayers(weights, dtype)
+    model = HuggingFaceLayers(weights, dtype, fp8)
     hidden = model.embed(list(batch[:, :-1]))
     points = []
     for index in range(model.layers):

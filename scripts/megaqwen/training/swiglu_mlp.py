@@ -137,7 +137,16 @@ def fuse(operations: list[Any], *, recipe: Any, **unused: Any) -> list[Any]:
         fused.append(operation)
         if recipe is None and can_fuse(*fused[-3:]):
             fused[-3:] = [SwiGLUMLP(*fused[-3:])]
+            say_once()
     return fused
+
+
+@cache
+def say_once() -> None:
+    """That it is used; of a model the first MLP says it, as it first runs."""
+    logger.info(
+        "SwiGLU is within the MLPs' matrix products: quack-kernels %s", version_of("quack-kernels")
+    )
 
 
 def can_fuse(first: Any, swiglu: Any = None, second: Any = None) -> bool:
