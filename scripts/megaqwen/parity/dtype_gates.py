@@ -131,7 +131,8 @@ def hold_dtype(
         f"{unit}, less what may be chance, over {len(ratios[-1])} x {exact[-1][0].shape[0]} tokens",
         value=least,
         threshold=threshold,
-        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence{long}{first}",
+        detail=f"{ratio:.3g} times, chance included, {max(ratios[-1]):.3g} of the worst sequence"
+        f"{long}{first}",
     )
     return gate, ratios[-1]
 

@@ -3,9 +3,9 @@
 In FP8 a layer's matrix products have both factors rounded to E4M3, each times a scale that fills the
 format, and sum in float32. Here that is done in float32 of the rounded factors, on any machine. Those
 products are of attention and of MLPs, experts and shared ones included; routers, the gate of a shared
-expert and the head remain in bfloat16. Recipes are those of Transformer Engine's common/recipe: one scale
-for each tensor, by what it has (tensorwise) or had before (delayed, here the same); or for each 128 numbers
-of a token's inputs and for each 128 x 128 of a weight a scale that is a power of two (blockwise).
+expert and the head remain in bfloat16. Recipes are those of Transformer Engine: one scale for each
+tensor, by what it has (tensorwise) or had before (delayed, here the same); or for each 128 numbers of a
+token's inputs and for each 128 x 128 of a weight a scale that is a power of two (blockwise).
 """
 
 from collections.abc import Callable, Mapping
@@ -44,21 +44,19 @@ class Fp8:
     def rounded_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A layer's tensors by transformers' names, those of products in FP8 rounded, in float32."""
         products = {
-            name: tensor.float()
-            for name, tensor in tensors.items()
-            if PRODUCTS in name and tensor.ndim > 1
+            name: tensor for name, tensor in tensors.items() if PRODUCTS in name and tensor.ndim > 1
         }
         largest: dict[str, Tensor] = {}
         for name, tensor in products.items():
-            own = largest_of(tensor)
+            own = largest_of(tensor).float()
             largest[joined(name)] = torch.maximum(own, largest.get(joined(name), own))
-        return {
-            **tensors,
-            **{
-                name: self.rounded(tensor, BLOCK, largest[joined(name)])
-                for name, tensor in products.items()
-            },
-        }
+        rounded = {name: torch.empty(each.shape) for name, each in products.items()}
+        for name, tensor in products.items():
+            each = (tensor, largest[joined(name)], rounded[name])
+            # One by one: of a layer's experts each has a share of the memory alone.
+            for matrix, most, place in zip(*map(matrices_of, each), strict=True):
+                place.copy_(self.rounded(matrix.float(), BLOCK, most))
+        return {**tensors, **rounded}
 
     def rounded(self, matrices: Tensor, rows: int, largest: Tensor | None = None) -> Tensor:
         """[..., height, width] of float32, each number what FP8 makes of it.
@@ -92,6 +90,11 @@ def joined(name: str) -> str:
     for part, whole in JOINED.items():
         name = name.replace(f".{part}", f".{whole}")
     return name
+
+
+def matrices_of(tensor: Tensor) -> Tensor:
+    """[matrices, height, width] of [..., height, width], in the same memory."""
+    return tensor.view(-1, *tensor.shape[-2:])
 
 
 def largest_of(matrices: Tensor) -> Tensor:
