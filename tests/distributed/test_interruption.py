@@ -274,7 +274,7 @@ def before_the_time_limit(launcher: psutil.Process) -> None:
 
 
 def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Path) -> None:
-    options = {"train_iters": 40, "save_interval": 1000, "eval_interval": 1000}
+    options = {"train_iters": 40, "save_interval": 1000, "eval_interval": 20}
     output = workspace.directory / "stopped"
     command = workspace.launch_words("stopped", 2, options)
     slow = tmp_path / "train.py"
@@ -306,7 +306,13 @@ def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Pa
     results = read_json(output / "manifest.json")["results"]
     assert results["iteration"] == 40
 
-    # Killed between the last save and the manifest: only what was not evaluated yet is left to do.
+    validation = results["evaluations"]["validation"]
+    assert (
+        validation["first_sample"] == 2 * validation["samples"]
+    )  # after those of iterations 20 and 40
+
+    # Killed between the last save and the manifest: only what was not evaluated yet is left to do, of
+    # the same samples.
     (output / "manifest.json").unlink()
     records = (checkpoints / "metrics.jsonl").read_text().splitlines(keepends=True)
     (checkpoints / "metrics.jsonl").write_text("".join(records[:-1]))

@@ -228,6 +228,16 @@ def indices_on_node(datasets: list[Any], corpora: Corpora) -> list[Any]:
     return datasets
 
 
+def without_training(provider: Any) -> Any:
+    """The sets to evaluate alone: of that to train on no sample is left, which Megatron refuses."""
+
+    def provide(samples: Sequence[int], vp_stage: int | None = None) -> Any:
+        return None, *provider(samples, vp_stage)[1:]
+
+    provide.is_distributed = provider.is_distributed  # type: ignore[attr-defined]
+    return provide
+
+
 def dataset_provider(corpora: Corpora) -> Any:
     """The function that `pretrain` asks for its training, validation and test sets."""
 

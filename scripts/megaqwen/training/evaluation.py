@@ -53,9 +53,8 @@ class Evaluations:
         """An evaluation of the validation or the test set begins."""
         _micro_batches.clear()
         self.kind = kind
-        # Megatron starts a test set, and all sets where nothing is left to train, at the first sample.
-        fresh = kind == "test" or arguments.skip_train
-        self.first_sample = 0 if fresh else arguments.consumed_valid_samples
+        # Megatron starts a test set at its first sample, whenever.
+        self.first_sample = 0 if kind == "test" else arguments.consumed_valid_samples
 
     def end(self, loss: float, iteration: int, arguments: Namespace, rank: int) -> None:
         """Write what it was.

@@ -35,6 +35,7 @@ from megaqwen.training.datasets import (
     dataset_provider,
     run_corpora,
     use_compiled_helpers,
+    without_training,
 )
 from megaqwen.training.epochs import Planned, conversation_epochs, epochs
 from megaqwen.training.evaluation import read_evaluations
@@ -103,9 +104,9 @@ def pretrain_on(run: TrainingRun) -> None:
     saving.install()
     if not arguments.async_save:
         write_without_a_process()
-    if resumed == arguments.train_iters:
-        # Stopped after its last save: what is left is to evaluate. There are no samples to load.
-        arguments.skip_train = arguments.no_load_optim = True
+    trained = resumed == arguments.train_iters
+    if trained:  # and stopped after its last save: what is left is to evaluate
+        arguments.no_load_optim = True
     if gpu and resumed:
         cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
     waits = Waits()
@@ -120,6 +121,10 @@ def pretrain_on(run: TrainingRun) -> None:
         step, provider = forward_step, dataset_provider(corpora(run))
         say_epochs(run)
     container = pretrain_cfg_container_from_args(arguments, model)
+    if trained:
+        # Not skip_train of the arguments, by which Megatron would evaluate on other samples.
+        container.validation.skip_train = True
+        provider = without_training(provider)
     try:
         with memory_advice(arguments.micro_batch_size), finite(), ended_by_failure():
             pretrain(container, provider, ModelType.encoder_or_decoder, waits.timed(step))
