@@ -12,6 +12,7 @@ from pyarrow import ipc, parquet
 
 from megaqwen.config.sections import BuiltinCorpus, Corpus, FilesCorpus
 from megaqwen.data import columns, streams
+from megaqwen.data.blocks import corpus_blocks
 from megaqwen.data.files import corpus_files
 from megaqwen.data.merging import merge_parts
 from megaqwen.data.parts import tokenize_part
@@ -115,6 +116,22 @@ def test_the_builtin_corpus_is_all_in_the_first_shard() -> None:
     corpus = BuiltinCorpus(source="builtin", name="docs")
     assert read(corpus, Shard(index=0, count=2)) == read(corpus, Shard())
     assert read(corpus, Shard(index=1, count=2)) == []
+
+
+def test_lines_are_counted_for_a_message_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that only Python's parser takes are on every line of many a file."""
+    message = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    line = json.dumps({"text": "good", "messages": message, "score": float("nan")})
+    (tmp_path / "a.jsonl").write_text(f"{line}\n" * 50)
+    counted: list[int] = []
+    monkeypatch.setattr(streams, "lines_before", lambda path, position: counted.append(position))
+    assert read(mixed(tmp_path), Shard(index=1, count=2), 100) == ["good"] * 25
+    blocks = corpus_blocks(mixed(tmp_path), Intake("chats"), Shard(index=1, count=2), 100)
+    records = [record for block in blocks for _, record in block.records()]
+    assert [record["messages"] for record in records] == [list(message)] * 25  # type: ignore[index]
+    assert counted == []
 
 
 @pytest.mark.parametrize("number", [1, 8, 20, 40])

@@ -57,7 +57,7 @@ class LinesBlock:
                 record: Record | InputError = DECODER.decode(line)
             except UNREADABLE:
                 try:  # Python's parser has the say: it takes NaN, and tells well what is wrong
-                    record = parse_record(line, self.where(index))
+                    record = parse_record(line, streams.Place(where=self.where, index=index))
                 except InputError as error:
                     record = error
             yield index, record

@@ -56,7 +56,7 @@ class LineParser:
                 yield self.decoder.decode(line).text
             except UNREADABLE:
                 # Python's parser has the say: it takes NaN, and tells well what is wrong.
-                name = where(index)
+                name = streams.Place(where=where, index=index)
                 try:
                     yield text_of_record(parse_record(line, name), self.text_field, name)
                 except InputError as error:
@@ -81,7 +81,7 @@ def lines_of_objects(block: bytes) -> int:
     return len(newlines) + 1 if good else 0
 
 
-def parse_record(line: bytes, where: str) -> dict[str, Any]:
+def parse_record(line: bytes, where: object) -> dict[str, Any]:
     """The JSON object of a line."""
     text = decode(line, where).rstrip("\r\n")
     try:
@@ -99,7 +99,7 @@ def parse_record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
+def text_of_record(record: dict[str, Any], text_field: str, where: object) -> str:
     """The text field of a JSON object, checked."""
     if text_field not in record:
         raise InputError(
@@ -113,7 +113,7 @@ def text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
     return usable(text, where)
 
 
-def decode(line: bytes, where: str) -> str:
+def decode(line: bytes, where: object) -> str:
     """A line as text; InputError where it is not UTF-8."""
     try:
         return line.decode()
@@ -121,7 +121,7 @@ def decode(line: bytes, where: str) -> str:
         raise not_utf8(where, error) from error
 
 
-def usable(text: str, where: str) -> str:
+def usable(text: str, where: object) -> str:
     """`text`, unless it is too large or a JSON escape put half a surrogate pair in it."""
     if len(text) > streams.LARGEST_DOCUMENT:
         raise streams.too_large(where)
@@ -136,7 +136,7 @@ def usable(text: str, where: str) -> str:
     return text
 
 
-def not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
+def not_utf8(where: object, error: UnicodeDecodeError) -> InputError:
     """The error for bytes that are not UTF-8."""
     found = error.object[error.start : error.start + 4].hex(" ")
     return InputError(f"{where}: not UTF-8 at these bytes: {found}. Convert the file to UTF-8")

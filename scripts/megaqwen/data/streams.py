@@ -3,7 +3,7 @@
 import hashlib
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -163,6 +163,19 @@ class Lines:
         return f"{self.path}:{self.first + index}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A line's name for messages, found when one is written: that may take a pass over its file."""
+
+    where: Callable[[int], str]
+    """Names the line with an index, from 0."""
+    index: int
+
+    def __str__(self) -> str:
+        """The name."""
+        return self.where(self.index)
+
+
 def line_blocks(
     stream: BinaryIO, path: Path, start: int, stop: int | None, size: int
 ) -> Iterator[tuple[int, bytes]]:
@@ -217,7 +230,7 @@ def lines_before(path: Path, position: int) -> int:
     return count
 
 
-def too_large(where: str) -> InputError:
+def too_large(where: object) -> InputError:
     """The error for a document past the bound."""
     return InputError(
         f"{where}: a document of more than {LARGEST_DOCUMENT // 2**20} MiB: "
