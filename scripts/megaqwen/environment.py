@@ -100,8 +100,7 @@ def prepare_gpu() -> None:
     CUTLASS on Hopper GPUs instead of one of cuBLAS each: twice the tokens of 128 experts a second.
     cuDNN's norms are faster than Transformer Engine's; it is torch's (`use_cudnn_of_torch`). Transformer
     Engine pickles the scales of delayed FP8, and loads no pickle unless it is told that it may be
-    trusted: each checkpoint that is loaded was written by convert or by the same training, and its
-    checksums are held first.
+    trusted: each checkpoint that is loaded was written by convert or by the same training.
     """
     if has_gpu():
         use_cudnn_of_torch()

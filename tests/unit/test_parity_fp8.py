@@ -32,10 +32,10 @@ def steps(matrix: Tensor, scale: float) -> Tensor:
     ("train", "fp8"),
     [
         ({"bf16": True}, None),
-        ({"fp8": "hybrid"}, Fp8(recipe="delayed")),
+        ({"fp8": "hybrid", "fp8_margin": 2}, Fp8(recipe="delayed", margin=2)),
         (
             {"fp8": "e4m3", "fp8_recipe": "tensorwise", "fp8_margin": 1},
-            Fp8(recipe="tensorwise", margin=1),
+            Fp8(recipe="tensorwise"),
         ),
         (
             {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True},

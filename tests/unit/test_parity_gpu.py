@@ -28,6 +28,7 @@ from trained_models import PUBLIC
 
 FP8 = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}
 DELAYED = {"bf16": True, "fp8": "hybrid"}
+OTHERWISE = {**DELAYED, "fp8_recipe": "tensorwise"}
 MXFP8 = {**DELAYED, "fp8_recipe": "mxfp8"}
 BATCH = torch.zeros(16, 33, dtype=torch.int64)
 MODEL = ModelOf(architecture={}, checkpoint=Path("none"), vocabulary=10, rounded_to=None)
@@ -59,6 +60,11 @@ def test_what_training_computes_in(train: dict[str, Any], name: str | None) -> N
         (FP8, "this Slurm job has no GPU", "this Slurm job has no GPU"),
         (MXFP8, "", "what fp8 mxfp8 does to a healthy model is not known here"),
         (
+            OTHERWISE,
+            "",
+            "what a healthy model has with NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1 is not known here",
+        ),
+        (
             {**FP8, "te_precision_config_file": "recipe.yaml"},
             "",
             "which products are in which dtype by te_precision_config_file is not known here",
@@ -68,7 +74,8 @@ def test_what_training_computes_in(train: dict[str, Any], name: str | None) -> N
 def test_what_is_not_measured_and_why(
     train: dict[str, Any], no_gpu: str, reason: str | None
 ) -> None:
-    outside = Surroundings(variables={}, no_gpu=no_gpu)
+    scales = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
+    outside = Surroundings(variables={scales: "1" if train == OTHERWISE else "0"}, no_gpu=no_gpu)
     found = with_gpu(RANKS, train, MODEL, 100, outside, never)
     assert found.unmeasured == ({"gpu": reason} if reason else {})
     assert found.outputs_on_gpu is None

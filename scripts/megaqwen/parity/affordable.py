@@ -41,7 +41,7 @@ on one rank, transformers' in float32 and in float64. The dtype takes MOST_TOKEN
 which the third may be on a GPU.
 """
 LONG_PASSES = 2
-"""Of a long sequence: transformers' in float32 and in bfloat16."""
+"""Of a long sequence: transformers' in float32, and in bfloat16 or FP8."""
 ATTENTION = 28
 """For two positions and a channel of a head: 4 operations, at a seventh of the rate of large products."""
 LONG_SHARE = 0.25

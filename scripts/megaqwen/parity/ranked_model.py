@@ -172,8 +172,12 @@ class RankedModel:
         return self.run(step, batch, forward_only=True, collect_non_loss_data=True)
 
     def look_at(self, batch: Tensor) -> None:
-        """A forward pass as in training, by which FP8's delayed scaling learns how large things are."""
-        self.collect(lambda output, non_loss_data=True: None, batch)
+        """A forward pass as in training, by which FP8's delayed scaling learns how large things are.
+
+        It does so where gradients are asked for, and none are: nothing is kept for them.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: None, never_backward):
+            self.collect(lambda output, non_loss_data=True: None, batch)
 
     def gradients(self, batch: Tensor) -> Gradients | None:
         """The gradient of the mean loss by each parameter, on the last rank; else None."""
@@ -213,6 +217,11 @@ class RankedModel:
         return Steps(
             losses=losses, rates=rates, gradient_norms=norms, weights=weights, choices=choices
         )
+
+
+def never_backward(saved: None) -> Tensor:
+    """What would be done with what a forward pass kept."""
+    raise RuntimeError("nothing was kept for a backward pass")
 
 
 def model_options(

@@ -112,6 +112,15 @@ def over_ranks(
     return with_gpu(found, dict(config.train), model_of, size.parameters, outside, long)
 
 
+OTHER_SCALES = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"}
+"""By which Transformer Engine makes the scales of a recipe otherwise."""
+
+
+def switched_on(variables: Mapping[str, str]) -> set[str]:
+    """The variables of an environment that switch something on."""
+    return {name for name, value in variables.items() if value == "1"}
+
+
 def with_gpu(
     found: FromRanks,
     train: Mapping[str, Any],
@@ -142,6 +151,8 @@ def with_gpu(
         forwarded = (
             "which products are in which dtype by te_precision_config_file is not known here"
         )
+    elif dtype != "bfloat16" and (others := OTHER_SCALES & switched_on(outside.variables)):
+        forwarded = f"what a healthy model has with {min(others)}=1 is not known here"
     elif outside.no_gpu:
         forwarded = outside.no_gpu
     else:
