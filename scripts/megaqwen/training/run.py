@@ -49,7 +49,12 @@ from megaqwen.training.model import model_config
 from megaqwen.training.packed_forward import PackedForwardStep
 from megaqwen.training.preflight import TrainingRun
 from megaqwen.training.ranks import rank_from_environment
-from megaqwen.training.saving import Saving, changed_layout, write_without_a_process
+from megaqwen.training.saving import (
+    Saving,
+    changed_layout,
+    check_scales,
+    write_without_a_process,
+)
 from megaqwen.training.scratch import copied
 from megaqwen.training.waits import Waits
 from megaqwen.training.workers import ended_by_failure
@@ -100,6 +105,7 @@ def pretrain_on(run: TrainingRun) -> None:
     arguments = validated_arguments()
     check_held(run.checkpoints, token_of_launcher())
     resumed = tracked_iteration(run.checkpoints)
+    check_scales(run.checkpoints, arguments, resumed)
     saving = Saving(run.checkpoints, run.config.checkpoints)
     saving.install()
     if not arguments.async_save:

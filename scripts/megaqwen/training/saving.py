@@ -29,7 +29,7 @@ from megaqwen.checkpoints import (
     write_sizes,
 )
 from megaqwen.config.sections import Checkpoints
-from megaqwen.errors import is_disk_full
+from megaqwen.errors import InputError, is_disk_full
 from megaqwen.layout import LAYOUT_OPTIONS
 from megaqwen.training import async_saving
 from megaqwen.training.copy_beside import COPY
@@ -60,6 +60,30 @@ def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str
         if saved is not None and (then := getattr(saved, name, now)) != now:
             changes.append(f"{kind} {then} -> {now}")
     return ", ".join(changes)
+
+
+def check_scales(checkpoints: Path, arguments: Namespace, resumed: int) -> None:
+    """InputError where scales of delayed FP8 would be given to other experts' products.
+
+    Of grouped experts Transformer Engine 2.20.2 has them expert by expert, and Megatron-Core 0.19.2
+    shares them out kind by kind (`_split_extra_state`): among as many experts alone that is undone.
+    """
+    name = "expert_model_parallel_size"
+    now = getattr(arguments, name)
+    if not resumed or not arguments.moe_grouped_gemm or not scales_by_history(arguments):
+        return
+    saved = saved_arguments(checkpoints)
+    if saved is None or not scales_by_history(saved) or (then := getattr(saved, name, now)) == now:
+        return
+    raise InputError(
+        f"train.{name} was {then} when the checkpoint in {checkpoints} was saved, and is {now}:"
+        f" the scales of delayed FP8 of grouped experts cannot be shared out anew. Keep {then}"
+    )
+
+
+def scales_by_history(arguments: Namespace) -> bool:
+    """Whether training is in FP8 with delayed scaling."""
+    return bool(getattr(arguments, "fp8", None)) and arguments.fp8_recipe == "delayed"
 
 
 def write_without_a_process() -> None:
