@@ -58,10 +58,16 @@ def preprocess(arguments: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from megaqwen.data.parts import tokenize_part
     from megaqwen.data.pieces import Shard
-    from megaqwen.data.tokenization import ChatTokenizer, DocumentTokenizer
+    from megaqwen.data.tokenization import (
+        ChatTokenizer,
+        DocumentTokenizer,
+        tokenizer_digests,
+    )
     from megaqwen.data.tokenize_corpus import tokenize_corpora
 
     kind = ChatTokenizer if config.data.kind == "sft" else DocumentTokenizer
+    files = tokenizer_digests(arguments.model)
+    check_tokenizer(arguments.merge, files)
     tokenizer = kind(arguments.model)
     gc.freeze()  # the libraries' objects stay: collecting garbage need not look at them again
     corpora = config.data.corpora
@@ -70,7 +76,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
             index, count = arguments.shard
             for corpus in corpora:
                 tokenize_part(corpus, tokenizer, directory, Shard(index=index - 1, count=count))
-            results: dict[str, Any] = {"shard": index, "shards": count}
+            results: dict[str, Any] = {"shard": index, "shards": count, "tokenizer": files}
         else:
             shards = [manifest.parent for manifest in arguments.merge]
             results = tokenize_corpora(corpora, tokenizer, directory, shards)
@@ -117,6 +123,17 @@ def check_shards(manifests: Sequence[Path], config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"--merge: {path} was made with another config: make it again with"
                 f" --shard {wanted} and this one"
+            )
+
+
+def check_tokenizer(manifests: Sequence[Path], files: Mapping[str, str]) -> None:
+    """InputError where a shard's manifest tells other digests of the tokenizer's files."""
+    for path in manifests:
+        results = read_json(path)["results"]
+        if results.get("tokenizer", files) != files:
+            raise InputError(
+                f"--merge: {path} was made with another tokenizer than that of --model: make it again"
+                f" with --shard {results['shard']}-of-{results['shards']} and this one"
             )
 
 

@@ -206,5 +206,12 @@ def test_what_is_merged_are_all_shards_in_order(
     with pytest.raises(InputError, match=f"--merge: {whole} is not the manifest of a shard"):
         check_shards([whole], manifest["config"])
     check_shards([first, second], manifest["config"])
+    other = json.loads(first.read_text())
+    other["results"]["tokenizer"]["tokenizer.json"] = "0"
+    first.write_text(json.dumps(other))
+    before[first] = sha256_file(first)
+    told = refusal(first, second)
+    assert f"--merge: {first} was made with another tokenizer than that of --model" in told
+    assert "make it again with --shard 1-of-2 and this one" in told
     with pytest.raises(InputError, match=f"--merge: {first} was made with another config"):
         check_shards([first, second], {**manifest["config"], "kind": "sft"})
