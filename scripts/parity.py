@@ -1,14 +1,15 @@
 """Compare a Hugging Face model with a Megatron checkpoint; fail when they are not the same model.
 
-    python scripts/parity.py --config config/config.yaml --crossing convert \\
-        --model HF_DIRECTORY --checkpoint CHECKPOINTS --data DATA_DIRECTORY --output parity.json
+    python scripts/launch.py --ranks-per-node 2 --log LOG scripts/parity.py \\
+        --config config/config.yaml --crossing convert --model HF_DIRECTORY --checkpoint CHECKPOINTS \\
+        --data DATA_DIRECTORY --output parity.json
 
 Every tensor is compared by its bits, the options that the checkpoint records of its model with what
 config.json says, the tokenizer with the one that made the data; then both models walk through texts
 and held-out documents layer by layer, in float32, and are compared at every point and every position;
 and both tell their losses over held-out samples, after an export those whose loss training logged.
 A layer at a time is in memory. Before that, Megatron computes logits, gradients and steps of the
-optimizer over the ranks of training's layout: where that takes several, scripts/launch.py starts them.
+optimizer over the ranks of training's layout, which scripts/launch.py starts; one rank needs no launcher.
 All of it is on CPUs; where there is a GPU, it computes logits in training's bfloat16 or FP8 besides.
 The gates and their thresholds: scripts/megaqwen/parity/README.md.
 

@@ -107,11 +107,12 @@ def remember_reference() -> None:
     def once(function: Any) -> Any:
         remembered: dict[Any, Any] = {}
 
-        def found(*values: Any) -> Any:
+        def found(*values: Any, **named: Any) -> Any:
             _, dtype, tokens, *others = values
-            key = dtype, len(tokens), pickle.dumps(others)  # with the experts that are followed
+            # With the experts that are followed.
+            key = dtype, len(tokens), pickle.dumps((others, named))
             if key not in remembered:
-                remembered[key] = function(*values)
+                remembered[key] = function(*values, **named)
             return remembered[key]
 
         return found

@@ -78,7 +78,6 @@ DELAYED = {
     "fp8_recipe": "delayed",
     "fp8_amax_history_len": 16,
     "fp8_amax_compute_algo": "max",
-    "use_transformer_engine_op_fuser": True,
 }
 EXPERTS = {
     "moe_grouped_gemm": True,

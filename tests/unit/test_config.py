@@ -64,6 +64,7 @@ TRAIN = {
     "save_interval": 30,
 }
 
+DELAYED = {"bf16": True, "fp8": "hybrid"}
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {
     "recompute_granularity": "full",
@@ -173,6 +174,33 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
             "distribute_saved_activations",
             "cannot be set together with train.sequence_parallel",
         ),
+        ({"optimizer": "sgd"}, "optimizer", "does not load again: adam is allowed"),
+        (
+            {**DELAYED, "use_transformer_engine_op_fuser": True},
+            "use_transformer_engine_op_fuser",
+            "whose scales it does not save",
+        ),
+        (
+            {**DELAYED, "fp8_recipe": "tensorwise", "exp_avg_sq_dtype": "fp8"},
+            "exp_avg_sq_dtype",
+            "fp32 and bf16 are allowed",
+        ),
+        (
+            {"use_distributed_optimizer": True, "optimizer_cuda_graph": True},
+            "optimizer_cuda_graph",
+            "cannot be set together with train.use_distributed_optimizer",
+        ),
+        ({"moe_router_force_biased": -1.0}, "moe_router_force_biased", "a bias that is not saved"),
+        (
+            {"moe_router_force_load_balancing": True, "expert_model_parallel_size": 2},
+            "moe_router_force_load_balancing",
+            "whose state is not saved",
+        ),
+        ({"qk_clip": True}, "qk_clip", "set train.eval_iters 0"),
+        ({"iterations_to_skip": [60]}, "iterations_to_skip", "60 is to be saved (train_iters 60, "),
+        ({"iterations_to_skip": [30]}, "iterations_to_skip", "30 is to be saved (train_iters 60, "),
+        ({"start_eval_at_iter": 60, "eval_interval": 20}, "start_eval_at_iter", ": 59 begins at"),
+        ({"start_eval_at_iter": 61}, "start_eval_at_iter", "is more than train_iters 60"),
         # Of the tiny model, whose shape is known without files:
         ({"seq_length": 2048}, "seq_length", "max_position_embeddings 1024"),
         ({"tensor_model_parallel_size": 4}, "tensor_model_parallel_size", "6 attention heads"),

@@ -44,6 +44,8 @@ EXCLUDE = (
     ("fp8", "fp4"),
     # Such a layer would use parameters that nobody waited for.
     ("use_transformer_engine_op_fuser", "overlap_param_gather"),
+    # Its count of steps becomes several, of which the optimizer saves one.
+    ("optimizer_cuda_graph", "use_distributed_optimizer"),
     ("lr_warmup_fraction", "lr_warmup_iters"),
     ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
     ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
@@ -73,6 +75,7 @@ def train_mistakes(train: Train) -> list[Mistake]:
         *batch_mistakes(train),
         *schedule_mistakes(train),
         *parallel_mistakes(train),
+        *resume_mistakes(train),
     ]
     return [Mistake(("train", name), text) for name, text in found]
 
@@ -153,6 +156,63 @@ def schedule_mistakes(train: Train) -> Found:
         yield "lr_warmup_fraction", f"{fraction:g} is given, at least 0 and less than 1 is allowed"
     if train.get("lr_decay_style") == "WSD" and "lr_wsd_decay_iters" not in train:
         yield "lr_decay_style", "WSD needs train.lr_wsd_decay_iters: the length of its last phase"
+
+
+def resume_mistakes(train: Train) -> Found:
+    """What Megatron-Core 0.19.2 does not save or not load, so that a training would go on as another."""
+    recipe = train.get("fp8_recipe", "delayed") if train.get("fp8") else None
+    if train.get("optimizer") == "sgd":
+        yield (
+            "optimizer",
+            "sgd is given, whose states Megatron does not load again: adam is allowed",
+        )
+    if recipe == "delayed" and train.get("use_transformer_engine_op_fuser"):
+        text = "cannot be set with fp8_recipe delayed, whose scales it does not save: leave it out"
+        yield "use_transformer_engine_op_fuser", text
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if recipe not in (None, "delayed") and (kind := train.get(name)) in ("fp16", "fp8"):
+            text = f"{kind} is given with fp8_recipe {recipe}, where its scales are not saved"
+            yield name, f"{text}: fp32 and bf16 are allowed"
+    if train.get("moe_router_force_biased", 0.0) < 0:
+        yield (
+            "moe_router_force_biased",
+            "below 0 draws a bias that is not saved: 0 or more is allowed",
+        )
+    if (
+        train.get("moe_router_force_load_balancing")
+        and train.get("expert_model_parallel_size", 1) > 1
+    ):
+        text = (
+            "draws numbers whose state is not saved with train.expert_model_parallel_size above 1"
+        )
+        yield "moe_router_force_load_balancing", f"{text}: leave it out"
+    if train.get("qk_clip") and train.get("eval_iters", 1):
+        text = "also goes by what evaluations see, which is not saved: set train.eval_iters 0"
+        yield "qk_clip", text
+    yield from iteration_mistakes(train)
+
+
+def iteration_mistakes(train: Train) -> Found:
+    """Iterations with which a training would not come to its end."""
+    last, save, evaluate = (
+        train.get(name) for name in ("train_iters", "save_interval", "eval_interval")
+    )
+    for skipped in train.get("iterations_to_skip") or ():
+        if last and (skipped == last or (save and save > 0 and skipped % save == 0)):
+            text = f"{skipped} is to be saved (train_iters {last}, save_interval {save}) and would not be"
+            yield (
+                "iterations_to_skip",
+                f"{text}: another save_interval would do, or more iterations",
+            )
+    start = train.get("start_eval_at_iter")
+    if start is None or not last or last < 1:
+        return
+    if start > last:
+        text = f"{start} is more than train_iters {last}: for no evaluation set train.eval_iters 0"
+        yield "start_eval_at_iter", text
+    elif evaluate and evaluate > 0 and start > 0 and start % evaluate == 0:
+        text = f"{start} is a multiple of eval_interval {evaluate}, whose samples Megatron does not count"
+        yield "start_eval_at_iter", f"{text}: {start - 1} begins at the same iteration"
 
 
 def checkpoint_mistakes(checkpoints: Checkpoints, train: Train) -> list[Mistake]:

@@ -76,9 +76,11 @@ BY_NAME: dict[str, str] = {
         exit_on_missing_checkpoint no_save_optim no_save_rng no_load_optim no_load_rng
         load_main_params_from_ckpt dist_ckpt_save_pre_mcore_014 dist_ckpt_optim_fully_reshardable
         strict_fsdp_dtensor_load dist_ckpt_strictness non_persistent_ckpt_type
+        verify_integrity
         non_persistent_save_interval non_persistent_local_ckpt_algo replication replication_jump
         replication_factor async_strategy use_persistent_ckpt_worker async_ckpt_use_cpu_shm""",
     RETAINED: "save_retain_interval",
+    FAULTS: "result_rejected_tracker_filename",
     TRACKED: "wandb_project wandb_exp_name wandb_entity",
     LOGGED: "tensorboard_log_interval",
     LAUNCH: """
@@ -98,6 +100,7 @@ BY_NAME: dict[str, str] = {
         moe_router_padding_for_fp8 moe_enable_deepep moe_deepep_num_sms hybrid_override_pattern
         mtp_hybrid_override_pattern no_weight_decay_cond_type onnx_safe""",
     OTHER: """
+        data_parallel_random_init
         spec yaml_cfg is_hybrid_model hybrid_layer_pattern mamba_state_dim mamba_head_dim
         mamba_num_groups mamba_num_heads use_mamba_mem_eff_path mamba_training_ssm_states_dtype
         multi_latent_attention experimental_attention_variant linear_conv_kernel_dim

@@ -22,7 +22,6 @@ NAMES = """
     flight_recorder_include_stack_trace flight_recorder_include_only_active
     flight_recorder_extra_dump_on_exec
     save_interval async_save async_ckpt_cpu_priority async_ckpt_io_priority dist_ckpt_workers
-    verify_integrity
     ckpt_fully_parallel_save ckpt_fully_parallel_save_process_group ckpt_fully_parallel_load
     ckpt_fully_parallel_load_process_group ckpt_fully_parallel_load_exchange_algo
     ckpt_assume_constant_structure ckpt_load_validate_sharding_integrity

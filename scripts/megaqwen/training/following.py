@@ -1,6 +1,9 @@
 """Megatron's training loop, followed by the figures that `MetricsWriter` records."""
 
 import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +23,19 @@ from megaqwen.training.trackers import start_trackers, training_key
 from megaqwen.training.waits import Waits
 
 METRICS = "metrics.jsonl"
+
+
+@contextmanager
+def whole_evaluation(arguments: Namespace) -> Iterator[None]:
+    """Within it time is never up: Megatron would leave an evaluation halfway, and the last one out.
+
+    Its loop looks at exit_duration_in_mins right after.
+    """
+    limit, arguments.exit_duration_in_mins = arguments.exit_duration_in_mins, None
+    try:
+        yield
+    finally:
+        arguments.exit_duration_in_mins = limit
 
 
 def watch_metrics(run: TrainingRun, resumed: int, waits: Waits) -> None:
@@ -72,8 +88,9 @@ def watch_metrics(run: TrainingRun, resumed: int, waits: Waits) -> None:
         writer.evaluated = "test" if prefix.endswith("test set") else "validation"
         evaluations.begin(writer.evaluated, get_args())
         writer.last_evaluation = None
-        # Megatron would leave out what is measured where no training was left to do.
-        result = megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
+        with whole_evaluation(get_args()):
+            # Megatron would leave out what is measured where no training was left to do.
+            result = megatron_evaluate(prefix, *values, **named | {"write_to_tensorboard": True})
         if writer.last_evaluation:
             rank = mpu.get_data_parallel_rank()
             evaluations.end(*writer.last_evaluation, get_args(), rank)

@@ -52,7 +52,7 @@ from megaqwen.training.ranks import rank_from_environment
 from megaqwen.training.saving import (
     Saving,
     changed_layout,
-    check_scales,
+    check_experts,
     write_without_a_process,
 )
 from megaqwen.training.scratch import copied
@@ -105,7 +105,6 @@ def pretrain_on(run: TrainingRun) -> None:
     arguments = validated_arguments()
     check_held(run.checkpoints, token_of_launcher())
     resumed = tracked_iteration(run.checkpoints)
-    check_scales(run.checkpoints, arguments, resumed)
     saving = Saving(run.checkpoints, run.config.checkpoints)
     saving.install()
     if not arguments.async_save:
@@ -113,6 +112,7 @@ def pretrain_on(run: TrainingRun) -> None:
     trained = resumed == arguments.train_iters
     if trained:  # and stopped after its last save: what is left is to evaluate
         arguments.no_load_optim = True
+    check_experts(run.checkpoints, arguments, resumed)
     if gpu and resumed:
         cpu_checkpoints.leave_random_state(arguments, run.checkpoints)
     waits = Waits()

@@ -62,23 +62,29 @@ def changed_layout(checkpoints: Path, arguments: Namespace, resumed: int) -> str
     return ", ".join(changes)
 
 
-def check_scales(checkpoints: Path, arguments: Namespace, resumed: int) -> None:
-    """InputError where scales of delayed FP8 would be given to other experts' products.
+def check_experts(checkpoints: Path, arguments: Namespace, resumed: int) -> None:
+    """InputError where Megatron does not go on under another expert parallelism.
 
-    Of grouped experts Transformer Engine 2.20.2 has them expert by expert, and Megatron-Core 0.19.2
-    shares them out kind by kind (`_split_extra_state`): among as many experts alone that is undone.
+    With it experts have an optimizer of their own, and a single one does not load the states of two, nor
+    the reverse. Of grouped experts Transformer Engine has the scales of delayed FP8 expert by expert, and
+    Megatron-Core 0.19.2 shares them out kind by kind (`_split_extra_state`): among another number of
+    experts they would be other products'.
     """
     name = "expert_model_parallel_size"
-    now = getattr(arguments, name)
-    if not resumed or not arguments.moe_grouped_gemm or not scales_by_history(arguments):
+    saved = saved_arguments(checkpoints) if resumed and arguments.num_experts else None
+    now, then = getattr(arguments, name), getattr(saved, name, None)
+    if saved is None or then in (None, now):
         return
-    saved = saved_arguments(checkpoints)
-    if saved is None or not scales_by_history(saved) or (then := getattr(saved, name, now)) == now:
-        return
-    raise InputError(
-        f"train.{name} was {then} when the checkpoint in {checkpoints} was saved, and is {now}:"
-        f" the scales of delayed FP8 of grouped experts cannot be shared out anew. Keep {then}"
-    )
+    lost = ""
+    if 1 in (then, now) and not arguments.no_load_optim:
+        lost = "Megatron does not load the optimizer's states"
+    elif arguments.moe_grouped_gemm and scales_by_history(saved) and scales_by_history(arguments):
+        lost = "the scales of delayed FP8 of grouped experts cannot be shared out anew"
+    if lost:
+        raise InputError(
+            f"train.{name} was {then} when the checkpoint in {checkpoints} was saved, and is {now}:"
+            f" {lost}. Keep {then}"
+        )
 
 
 def scales_by_history(arguments: Namespace) -> bool:
