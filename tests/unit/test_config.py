@@ -174,6 +174,11 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
             "distribute_saved_activations",
             "cannot be set together with train.sequence_parallel",
         ),
+        (
+            {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.0},
+            "optimizer_offload_fraction",
+            "whose count of steps is not saved",
+        ),
         ({"optimizer": "sgd"}, "optimizer", "does not load again: adam is allowed"),
         (
             {**DELAYED, "use_transformer_engine_op_fuser": True},

@@ -161,6 +161,9 @@ def schedule_mistakes(train: Train) -> Found:
 def resume_mistakes(train: Train) -> Found:
     """What Megatron-Core 0.19.2 does not save or not load, so that a training would go on as another."""
     recipe = train.get("fp8_recipe", "delayed") if train.get("fp8") else None
+    if train.get("optimizer_cpu_offload") and train.get("optimizer_offload_fraction", 1.0) == 0:
+        text = "0 leaves all on the GPU, whose count of steps is not saved: leave the offload out"
+        yield "optimizer_offload_fraction", text
     if train.get("optimizer") == "sgd":
         yield (
             "optimizer",

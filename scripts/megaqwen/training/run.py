@@ -27,7 +27,13 @@ from megaqwen.config.blends import corpus_split, corpus_weights
 from megaqwen.data.splits import check_ends, check_shares
 from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import digest, peak_memory_bytes
-from megaqwen.training import async_saving, cpu_checkpoints, fused_kernels, torch_adam_resume
+from megaqwen.training import (
+    async_saving,
+    cpu_checkpoints,
+    fused_adam_resume,
+    fused_kernels,
+    torch_adam_resume,
+)
 from megaqwen.training.arguments import RunPaths, training_arguments
 from megaqwen.training.conversations import check_conversations, conversation_provider
 from megaqwen.training.datasets import (
@@ -87,6 +93,7 @@ def pretrain_on(run: TrainingRun) -> None:
     gpu = not cpu_emulation.available()
     if gpu:
         cpu_checkpoints.install()
+        fused_adam_resume.install()
         fused_kernels.install()
         async_saving.install()
     else:
