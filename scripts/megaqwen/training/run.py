@@ -18,6 +18,7 @@ if cpu_emulation.available():
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tensorboard_writer, pretrain
+from megatron.training import training as megatron_training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import get_train_valid_test_num_samples
@@ -135,7 +136,7 @@ def pretrain_on(run: TrainingRun) -> None:
         say_epochs(run)
     container = pretrain_cfg_container_from_args(arguments, model)
     if trained:
-        # Not skip_train of the arguments, by which Megatron would evaluate on other samples.
+        evaluate_alone()
         container.validation.skip_train = True
         provider = without_training(provider)
     try:
@@ -158,6 +159,23 @@ def pretrain_on(run: TrainingRun) -> None:
         finish(run)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def evaluate_alone() -> None:
+    """Let Megatron set up a model without an optimizer, and know nothing of it where it draws samples.
+
+    By skip_train of its arguments it would evaluate on others than at the end of a training.
+    """
+    set_up = megatron_training.setup_model_and_optimizer
+
+    def set_up_model(*values: Any, **named: Any) -> Any:
+        get_args().skip_train = True
+        try:
+            return set_up(*values, **named)
+        finally:
+            get_args().skip_train = False
+
+    megatron_training.setup_model_and_optimizer = set_up_model
 
 
 @contextmanager
