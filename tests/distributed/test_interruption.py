@@ -307,9 +307,8 @@ def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Pa
     assert results["iteration"] == 40
 
     validation = results["evaluations"]["validation"]
-    assert (
-        validation["first_sample"] == 2 * validation["samples"]
-    )  # after those of iterations 20 and 40
+    # After those of iterations 20 and 40.
+    assert validation["first_sample"] == 2 * validation["samples"]
 
     # Killed between the last save and the manifest: only what was not evaluated yet is left to do, of
     # the same samples.

@@ -67,7 +67,7 @@ def main() -> None:
     (batch,) = make_batches(texts, 1, SEQUENCES, POSITIONS, vocabulary)
     long = long_batch(texts, LONG)
     kinds, at = (
-        ((torch.float32, None), (torch.bfloat16, fp8_of(RECIPES[recipe]))),
+        [(torch.float32, None), (torch.bfloat16, fp8_of(RECIPES[recipe]))],
         compared_at(long),
     )
     exact, own = (outputs_of(weights, dtype, batch, fp8=fp8) for dtype, fp8 in kinds)

@@ -15,21 +15,13 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[0:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from megaqwen.environment import prepare_gpu  # noqa: E402
+from gpu_mistakes import POSITIONS, RECIPES, SEQUENCES  # noqa: E402
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "bfloat16": {"bf16": True},
-    **{
-        f"fp8 {recipe}": {"bf16": True, "fp8": "hybrid", "fp8_recipe": recipe}
-        for recipe in ("tensorwise", "blockwise", "delayed")
-    },
-}
-SEQUENCES, POSITIONS = 16, 64
+from megaqwen.environment import prepare_gpu  # noqa: E402
 
 
 def measure(model: Path, checkpoint: Path) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_mistakes import KERNEL
+from gpu_mistakes import KERNEL, RECIPES
 
 from commands import ROOT, options, write_config
 from megaqwen.data.builtin import builtin_documents
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS = 10
 """Of training before: in a random model nothing is as large as in a real one."""
-RECIPES: dict[str, dict[str, Any]] = {
-    "bfloat16": {"bf16": True},
-    "fp8 tensorwise": {"bf16": True, "fp8": "hybrid", "fp8_recipe": "tensorwise"},
-    "fp8 blockwise": {"bf16": True, "fp8": "hybrid", "fp8_recipe": "blockwise"},
-    "fp8 delayed": {"bf16": True, "fp8": "hybrid", "fp8_recipe": "delayed"},
-}
 FAIL = {
     "qwen3": (
         KERNEL,

@@ -9,7 +9,7 @@ or had before (delayed, here the same); or for each 128 numbers of a token's inp
 of a weight a scale that is a power of two (blockwise).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Fp8:
             largest: [..., 1, 1], of a matrix that these are part of.
         """
         if self.recipe == "blockwise":
-            return by_blocks(matrices, rows, to_e4m3_by_powers_of_two)
+            return to_e4m3_by_blocks(matrices, rows)
         scale = LARGEST / (largest_of(matrices) if largest is None else largest) / 2.0**self.margin
         return to_e4m3(matrices, scale)
 
@@ -111,17 +111,13 @@ def to_e4m3(matrices: Tensor, scale: Tensor) -> Tensor:
     return scaled.to(torch.float8_e4m3fn).float() / finite
 
 
-def to_e4m3_by_powers_of_two(matrices: Tensor) -> Tensor:
-    """Each by the largest power of two that fits."""
-    return to_e4m3(matrices, torch.exp2(torch.log2(LARGEST / largest_of(matrices)).floor()))
-
-
-def by_blocks(matrices: Tensor, rows: int, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """[..., height, width], each `rows` x 128 of it rounded apart; fewer at the edges."""
+def to_e4m3_by_blocks(matrices: Tensor, rows: int) -> Tensor:
+    """[..., height, width], each `rows` x 128 by the largest power of two that fits, or fewer."""
     height, width = matrices.shape[-2:]
     edges = nn.functional.pad(matrices, (0, -width % BLOCK, 0, -height % rows))
     blocks = edges.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows)).transpose(-3, -2)
-    whole = rounded(blocks).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    scale = torch.exp2(torch.log2(LARGEST / largest_of(blocks)).floor())
+    whole = to_e4m3(blocks, scale).transpose(-3, -2).flatten(-4, -3).flatten(-2)
     return whole[..., :height, :width]
 
 
