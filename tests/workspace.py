@@ -38,6 +38,14 @@ OPTIONS: dict[str, Any] = {
     "log_interval": 1,
 }
 
+BUCKETS: dict[str, Any] = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "ddp_bucket_size": 20_000,
+}
+"""Several buckets of gradients, as a large model has them, and padding between them, as some have it."""
+
 
 def script(name: str, *words: object, environment: Mapping[str, str] | None = None) -> None:
     """Run a script of the project; what it printed is the message when it fails."""
@@ -216,3 +224,12 @@ def forget_after(checkpoints: Path, iteration: int) -> None:
             shutil.rmtree(directory)
     (checkpoints / TRACKER).write_text(str(iteration))
     (checkpoints.parents[1] / "manifest.json").unlink()
+
+
+def forget_last_evaluation(checkpoints: Path) -> None:
+    """Leave things as a kill does that came after the last save and before the last evaluation."""
+    (checkpoints.parents[1] / "manifest.json").unlink()
+    metrics = checkpoints / "metrics.jsonl"
+    records = metrics.read_text().splitlines(keepends=True)
+    assert "test_loss" in records[-1]
+    metrics.write_text("".join(records[:-1]))

@@ -25,15 +25,11 @@ from megaqwen.provenance import read_json
 from megaqwen.training.attempts import read_attempts
 from megaqwen.training.metrics import read_metrics
 from megaqwen.training.supervise import is_alive
-from workspace import Workspace, differing, losses, weights
+from workspace import BUCKETS, Workspace, differing, losses, weights
 
 RANKS = 2
-OPTIONS: dict[str, Any] = {
-    "train_iters": 6,
-    "save_interval": 2,
-    "eval_interval": 6,
-    "use_distributed_optimizer": True,
-}
+SCHEDULE: dict[str, Any] = {"train_iters": 6, "save_interval": 2, "eval_interval": 6}
+OPTIONS: dict[str, Any] = {**SCHEDULE, **BUCKETS}
 SECONDS = 400.0  # that a start may take on a loaded machine
 
 
@@ -229,8 +225,7 @@ def test_a_full_disk_in_a_save(
 def test_a_loss_that_is_no_number_ends_training_and_is_no_stop(workspace: Workspace) -> None:
     """It would come again from what is saved: the third try is none."""
     wild = {"lr": 1e30, "min_lr": 1e30, "lr_warmup_iters": 0, "clip_grad": 0.0, "save_interval": 6}
-    options = {**OPTIONS, **wild, "use_distributed_optimizer": False}
-    words = workspace.launch_words("wild", 1, options)
+    words = workspace.launch_words("wild", 1, {**SCHEDULE, **wild})
     checkpoints = Path(words[words.index("--checkpoints") + 1])
     for _ in range(2):
         done = run_script("launch.py", *words)

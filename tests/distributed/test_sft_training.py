@@ -14,13 +14,21 @@ from conversation_files import random_conversations, run_packed_model, write_con
 from megaqwen.provenance import read_json, write_json
 from megaqwen.training.metrics import read_metrics
 from small_models import MODELS
-from workspace import Workspace, differing, forget_after, largest_difference, losses, weights
+from workspace import (
+    BUCKETS,
+    Workspace,
+    differing,
+    forget_after,
+    largest_difference,
+    losses,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"global_batch_size": 8, "micro_batch_size": 1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro-batch-4": (1, {"micro_batch_size": 4}),
-    "data-parallel": (2, {"micro_batch_size": 1, "use_distributed_optimizer": True}),
+    "data-parallel": (2, {"micro_batch_size": 1, **BUCKETS}),
     "data-parallel-micro-batch-4": (2, {"micro_batch_size": 4}),
     "pipeline": (2, {"micro_batch_size": 2, "pipeline_model_parallel_size": 2}),
     "tensor": (

@@ -15,7 +15,7 @@ import pytest
 from commands import options, run_script
 from megaqwen.provenance import read_json, write_json
 from megaqwen.training.metrics import read_metrics
-from workspace import Workspace, differing, forget_after, losses, weights, write_lines
+from workspace import BUCKETS, Workspace, differing, forget_after, losses, weights, write_lines
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
 OFFLINE = {"WANDB_MODE": "offline"}
@@ -27,7 +27,7 @@ def train_one_rank(workspace: Workspace) -> Path:
 
 
 def train_data_parallel(workspace: Workspace) -> Path:
-    return workspace.train("data-parallel", 2, {"use_distributed_optimizer": True})
+    return workspace.train("data-parallel", 2, BUCKETS)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,8 @@ def test_a_copy_on_the_nodes_own_disk_changes_no_bit(
 ) -> None:
     """Made by one of two ranks."""
     scratch = {"directory": "$NODE_DISK/copies", "keep": True}
-    options = {"use_distributed_optimizer": True}
     place = {"NODE_DISK": str(tmp_path)}
-    copied = workspace.train("on-scratch", 2, options, place, scratch=scratch)
+    copied = workspace.train("on-scratch", 2, BUCKETS, place, scratch=scratch)
     assert losses(copied) == losses(data_parallel)
     assert differing(*(weights(workspace, run, 4) for run in (copied, data_parallel))) == []
     logs = [workspace.directory / f"on-scratch.log.rank{rank}.log" for rank in (0, 1)]

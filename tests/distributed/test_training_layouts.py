@@ -20,6 +20,7 @@ from commands import start_ranks
 from megaqwen.provenance import read_json
 from megaqwen.weights import convert_to_megatron
 from small_models import MODELS, make_model
+from workspace import BUCKETS
 
 RANKS = 4
 SECONDS = 2400  # for all layouts, on a loaded machine; a tenth of it is usual
@@ -46,7 +47,6 @@ TRAIN: dict[str, Any] = {
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EXPERT, EXPERT_TENSOR = "expert_model_parallel_size", "expert_tensor_parallel_size"
 SEQUENCE = {"sequence_parallel": True}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 VIRTUAL = "num_virtual_stages_per_pipeline_rank"
 
@@ -68,7 +68,7 @@ ANY: dict[str, dict[str, Any]] = {
     "dp4": {},
     "dp4-micro2": {"micro_batch_size": 2},
     "dp4-distributed-optimizer": DISTRIBUTED,
-    "dp4-overlap": {**DISTRIBUTED, **OVERLAP},
+    "dp4-overlap": BUCKETS,
     "dp4-overlap-reduce": {"overlap_grad_reduce": True},
     "tp2-sp": {TENSOR: 2, **SEQUENCE},
     "tp4-sp": {TENSOR: 4, **SEQUENCE},
@@ -76,9 +76,9 @@ ANY: dict[str, dict[str, Any]] = {
     "pp4": {PIPELINE: 4},
     "pp2-uneven": {PIPELINE: 2, "decoder_first_pipeline_num_layers": 1},
     "pp2-vpp2": {PIPELINE: 2, VIRTUAL: 2},
-    "pp2-vpp2-distributed-optimizer": {PIPELINE: 2, VIRTUAL: 2, **DISTRIBUTED, **OVERLAP},
+    "pp2-vpp2-distributed-optimizer": {PIPELINE: 2, VIRTUAL: 2, **BUCKETS},
     "tp2-sp-pp2": {TENSOR: 2, **SEQUENCE, PIPELINE: 2},
-    "tp2-sp-distributed-optimizer": {TENSOR: 2, **SEQUENCE, **DISTRIBUTED, **OVERLAP},
+    "tp2-sp-distributed-optimizer": {TENSOR: 2, **SEQUENCE, **BUCKETS},
     "recompute-attention": selective("core_attn"),
     "recompute-mlp": selective("mlp"),
     "recompute-full-uniform-tp2-sp": full("uniform", **{TENSOR: 2}, **SEQUENCE),
@@ -94,7 +94,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "ep2": {EXPERT: 2},
     "ep4": {EXPERT: 4},
     "ep2-alltoall": {EXPERT: 2, "moe_token_dispatcher_type": "alltoall"},
-    "ep2-distributed-optimizer": {EXPERT: 2, **DISTRIBUTED, **OVERLAP},
+    "ep2-distributed-optimizer": {EXPERT: 2, **BUCKETS},
     "ep2-tp2-sp": {EXPERT: 2, TENSOR: 2, **SEQUENCE},
     "ep2-tp2-sp-etp1": {EXPERT: 2, TENSOR: 2, **SEQUENCE, EXPERT_TENSOR: 1},
     "ep1-tp2-sp-etp2": {TENSOR: 2, **SEQUENCE, EXPERT_TENSOR: 2},

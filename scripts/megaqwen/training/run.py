@@ -30,6 +30,7 @@ from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import digest, peak_memory_bytes
 from megaqwen.training import (
     async_saving,
+    bucket_padding,
     cpu_checkpoints,
     fused_adam_resume,
     fused_kernels,
@@ -100,6 +101,7 @@ def pretrain_on(run: TrainingRun) -> None:
     else:
         cpu_emulation.install_training()
         torch_adam_resume.install()
+    bucket_padding.install()
     paths = RunPaths(
         pretrained=run.checkpoint,
         checkpoints=run.checkpoints,
