@@ -132,6 +132,9 @@ def several(gpus: int) -> Iterator[Experiment]:
 
     stages, moe_stages = pipeline(DENSE, gpus), pipeline(EXPERTS, gpus)
     yield dense(f"dp{gpus}", 2)
+    # What the fused MLP gains, and what the gathering of parameters behind it.
+    yield dense(f"dp{gpus}-unfused", 2, sizes={"use_transformer_engine_op_fuser": False})
+    yield dense(f"dp{gpus}-gather-first", 2, sizes={"overlap_param_gather": False})
     yield experts(f"ep{gpus}", 2, sizes=expert(gpus))
     yield dense(f"tp{gpus}", 2, sizes=tensor(gpus))
     yield dense(f"pp{stages['pipeline_model_parallel_size']}-vpp{VIRTUAL}", 1, sizes=stages)

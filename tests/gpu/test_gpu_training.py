@@ -12,11 +12,14 @@ import torch
 from slow_copy import SECONDS
 
 from commands import ROOT
+from megaqwen.provenance import read_json
 from megaqwen.training.metrics import read_metrics
 from workspace import (
+    BUCKETS,
     Workspace,
     differing,
     forget_after,
+    forget_last_evaluation,
     largest_difference,
     losses,
     prepare,
@@ -96,6 +99,17 @@ def test_bf16_resumes_in_the_same_bits(workspace: Workspace, in_bf16: Path) -> N
     assert differing(weights(workspace, in_bf16, 4), expected) == []
 
 
+def test_what_was_stopped_before_its_last_evaluation_only_evaluates(
+    workspace: Workspace, in_bf16: Path
+) -> None:
+    manifest = in_bf16.parents[1] / "manifest.json"
+    expected = read_json(manifest)["results"]
+    forget_last_evaluation(in_bf16)
+    workspace.train("bf16", 1, BF16)
+    found = read_json(manifest)["results"]
+    assert {**found, "peak_memory_bytes": 0} == {**expected, "peak_memory_bytes": 0}
+
+
 def test_saving_beside_training_saves_the_same_bits(workspace: Workspace, in_bf16: Path) -> None:
     beside = workspace.train("async", 1, {**BF16, "async_save": True})
     for iteration in (2, 4):
@@ -150,6 +164,19 @@ def test_a_training_moves_from_cpu_to_gpu(workspace: Workspace, on_cpu: Path) ->
     workspace.train("cpu", 1, {})
     assert "resuming after iteration 2" in (workspace.directory / "cpu.log.rank0.log").read_text()
     assert largest_difference(losses(on_cpu), curve) < LOSS_BOUND_FLOAT32
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_a_fused_mlp_waits_for_its_parameters(workspace: Workspace) -> None:
+    """Gathered bucket by bucket while the layers before run, or all before the first of them."""
+    options = {**BF16, **BUCKETS}
+    before = workspace.train("before", 2, {**options, "overlap_param_gather": False})
+    beside = workspace.train("beside", 2, options)
+    assert losses(beside) == losses(before)
+    assert differing(weights(workspace, beside, 4), weights(workspace, before, 4)) == []
+    forget_after(beside, 2)
+    workspace.train("beside", 2, options)
+    assert differing(weights(workspace, beside, 4), weights(workspace, before, 4)) == []
 
 
 @pytest.mark.parametrize("dtype", ["source", "float32"])

@@ -3,6 +3,8 @@
 Skipped without a GPU: run `uv sync --extra gpu` and `uv run pytest tests/gpu` on a machine that has one.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ FP8: dict[str, dict[str, Any]] = {
     recipe: {"bf16": True, "fp8": "hybrid", "fp8_recipe": recipe}
     for recipe in ("tensorwise", "blockwise", "delayed")
 }
-FP8["weights-in-fp8"] = {
-    **FP8["tensorwise"],
-    "fp8_param_gather": True,
-    "use_distributed_optimizer": True,
-}
+WEIGHTS = {"fp8_param_gather": True, "use_distributed_optimizer": True}
+FP8["weights-in-fp8"] = {**FP8["tensorwise"], **WEIGHTS}
+FP8["blockwise-weights-in-fp8"] = {**FP8["blockwise"], **WEIGHTS}
+FP8["delayed-weights-in-fp8"] = {**FP8["delayed"], **WEIGHTS}
+FP8["grouped-experts-weights-in-fp8"] = {**FP8["weights-in-fp8"], **GROUPED}
+FP8["grouped-experts-delayed"] = {**FP8["delayed"], **GROUPED}
 
 
 @pytest.fixture(scope="module", params=LOSS_BOUND)
@@ -44,8 +47,8 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return prepare(tmp_path_factory.mktemp("qwen3"))
+def fp8_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    return cache(lambda name: prepare(tmp_path_factory.mktemp(name), name))
 
 
 def test_layers_of_transformer_engine_load_it_and_follow_the_cpu(other: Workspace) -> None:
@@ -63,33 +66,34 @@ def test_layers_of_transformer_engine_load_it_and_follow_the_cpu(other: Workspac
 
 
 @pytest.fixture(scope="module", params=FP8)
-def in_fp8(request: pytest.FixtureRequest, qwen3: Workspace) -> tuple[str, Path]:
+def in_fp8(
+    request: pytest.FixtureRequest, fp8_models: Callable[[str], Workspace]
+) -> tuple[str, Workspace, Path]:
     kind: str = request.param
-    return kind, qwen3.train(kind, 1, FP8[kind])
+    model = fp8_models("qwen3_moe" if kind.startswith("grouped-experts") else "qwen3")
+    return kind, model, model.train(kind, 1, FP8[kind])
 
 
-def test_what_was_trained_in_fp8_is_exported(qwen3: Workspace, in_fp8: tuple[str, Path]) -> None:
-    kind, trained = in_fp8
+def test_what_was_trained_in_fp8_is_exported(in_fp8: tuple[str, Workspace, Path]) -> None:
+    kind, model, trained = in_fp8
     print(f"{kind}: losses {losses(trained)}")
-    first, last = (weights(qwen3, trained, iteration) for iteration in (2, 4))
+    first, last = (weights(model, trained, iteration) for iteration in (2, 4))
     assert {tensor.dtype for tensor in last.values()} == {torch.bfloat16}
     assert differing(first, last)
     # A tensor in FP8 has no more than 256 values, times one scale; the embedding is not in FP8.
-    values = len(last["model.layers.0.mlp.down_proj.weight"].unique())
+    values = len(last["model.layers.0.self_attn.o_proj.weight"].unique())
     assert (values <= 256) == ("fp8_param_gather" in FP8[kind])
     assert len(last["model.embed_tokens.weight"].unique()) > 256
-    qwen3.export(f"export-{kind}", trained, FP8[kind], "source")
+    model.export(f"export-{kind}", trained, FP8[kind], "source")
 
 
-def test_training_in_fp8_resumes_in_the_same_bits(
-    qwen3: Workspace, in_fp8: tuple[str, Path]
-) -> None:
+def test_training_in_fp8_resumes_in_the_same_bits(in_fp8: tuple[str, Workspace, Path]) -> None:
     """With the scales of delayed scaling, which are of the iterations before."""
-    kind, trained = in_fp8
-    expected, curve = weights(qwen3, trained, 4), losses(trained)
+    kind, model, trained = in_fp8
+    expected, curve = weights(model, trained, 4), losses(trained)
     forget_after(trained, 2)
-    qwen3.train(kind, 1, FP8[kind])
-    log = (qwen3.directory / f"{kind}.log.rank0.log").read_text()
+    model.train(kind, 1, FP8[kind])
+    log = (model.directory / f"{kind}.log.rank0.log").read_text()
     assert "resuming after iteration 2" in log
     assert losses(trained) == curve
-    assert differing(weights(qwen3, trained, 4), expected) == []
+    assert differing(weights(model, trained, 4), expected) == []

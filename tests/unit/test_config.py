@@ -137,16 +137,6 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
         ({"seq_length": 255}, "seq_length", "254 or 256 would be"),
         ({"overlap_param_gather": True}, "overlap_param_gather", "use_distributed_optimizer"),
         ({"bf16": True, "fp16": True}, "fp16", "cannot be set together with train.bf16"),
-        (
-            {
-                "use_transformer_engine_op_fuser": True,
-                "overlap_param_gather": True,
-                "overlap_grad_reduce": True,
-                "use_distributed_optimizer": True,
-            },
-            "use_transformer_engine_op_fuser",
-            "cannot be set together with train.overlap_param_gather",
-        ),
         ({"recompute_granularity": "full"}, "recompute_granularity", "needs train.recompute_meth"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1 is allowed"),
         ({"async_save": True, "dist_ckpt_workers": 4}, "dist_ckpt_workers", "ckpt_assume_constant"),
@@ -184,6 +174,16 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
             {**DELAYED, "use_transformer_engine_op_fuser": True},
             "use_transformer_engine_op_fuser",
             "whose scales it does not save",
+        ),
+        (
+            {**DELAYED, "fp8_param_gather": True, "stream_ckpt_dequant": True},
+            "stream_ckpt_dequant",
+            "before the scales of fp8_recipe delayed are loaded",
+        ),
+        (
+            {**DELAYED, "fp8_param_gather": True, "moe_grouped_gemm": True},
+            "fp8_param_gather",
+            "fp8_recipe tensorwise and blockwise are allowed",
         ),
         (
             {**DELAYED, "fp8_recipe": "tensorwise", "exp_avg_sq_dtype": "fp8"},

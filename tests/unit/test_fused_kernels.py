@@ -20,6 +20,7 @@ from megaqwen.errors import InputError
 from megaqwen.training import model
 from megaqwen.training.arguments import NEED_GPU, cpu_options, gpu_options
 from megaqwen.training.fused_kernels import add_weight_gradient
+from megaqwen.training.fused_sequences import wait_for_parameters
 
 
 def test_split_norm_rotate_is_the_arithmetic_step_by_step() -> None:
@@ -55,7 +56,7 @@ DENSE: dict[str, Any] = {"num_layers": 2}
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, DENSE, True),
         ({"fp8": "hybrid"}, DENSE, False),  # delayed
         ({"tensor_model_parallel_size": 2}, DENSE, False),
-        ({"use_distributed_optimizer": True, "overlap_param_gather": True}, DENSE, False),
+        ({"use_distributed_optimizer": True, "overlap_param_gather": True}, DENSE, True),
         ({"cuda_graph_impl": "local"}, DENSE, False),
         ({}, {"num_experts": 8}, False),
     ],
@@ -65,6 +66,14 @@ def test_fused_sequences_are_the_default_where_they_are_whole(
 ) -> None:
     options = gpu_options(chosen, architecture)
     assert options.get("use_transformer_engine_op_fuser", False) is fused
+
+
+def test_scales_of_weights_in_fp8_are_loaded_before_the_weights() -> None:
+    weights = {"fp8": "hybrid", "fp8_param_gather": True}
+    assert gpu_options(weights, DENSE)["stream_ckpt_dequant"] is False
+    assert "stream_ckpt_dequant" not in gpu_options({"fp8": "hybrid"}, DENSE)
+    by_block = gpu_options({**weights, "fp8_recipe": "blockwise"}, DENSE)
+    assert "stream_ckpt_dequant" not in by_block
 
 
 @pytest.mark.parametrize("name", NEED_GPU)
@@ -83,9 +92,31 @@ def test_dense_mlps_may_have_swiglu_within_their_products(
     installed: list[bool] = []
     stub = SimpleNamespace(install=lambda: installed.append(True))
     monkeypatch.setattr(training, "swiglu_mlp", stub, raising=False)
+    monkeypatch.setattr(model, "fused_sequences", stub)
     monkeypatch.setattr(model, "get_mlp_module_spec_for_backend", lambda *given, **named: named)
     mlp = SimpleNamespace(func=MoELayer) if experts else SimpleNamespace()
     layer: Any = SimpleNamespace(submodules=SimpleNamespace(mlp=mlp))
     model.fuse_dense_mlp(layer)
-    assert installed == ([] if experts else [True])
+    assert installed == ([] if experts else [True, True])
     assert layer.submodules.mlp == (mlp if experts else {"use_te_op_fuser": True})
+
+
+def test_a_fused_sequence_waits_for_the_parameters_of_its_layer() -> None:
+    """As Megatron has it with overlap_param_gather: no hook at first, nor while it evaluates."""
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    sequence = torch.nn.Identity()
+    wait_for_parameters(layer, sequence)
+    waited: list[torch.nn.Module] = []
+
+    def wait(module: torch.nn.Module, inputs: Any) -> None:
+        waited.append(module)
+
+    sequence(torch.ones(2))
+    assert waited == []
+    hooks = [module.register_forward_pre_hook(wait) for module in layer.modules()]
+    sequence(torch.ones(2))
+    assert waited == [layer, *layer]
+    for hook in hooks:
+        hook.remove()
+    sequence(torch.ones(2))
+    assert waited == [layer, *layer]

@@ -42,8 +42,6 @@ NEEDS = (
 EXCLUDE = (
     ("fp16", "bf16"),
     ("fp8", "fp4"),
-    # Such a layer would use parameters that nobody waited for.
-    ("use_transformer_engine_op_fuser", "overlap_param_gather"),
     # Its count of steps becomes several, of which the optimizer saves one.
     ("optimizer_cuda_graph", "use_distributed_optimizer"),
     ("lr_warmup_fraction", "lr_warmup_iters"),
@@ -172,6 +170,15 @@ def resume_mistakes(train: Train) -> Found:
     if recipe == "delayed" and train.get("use_transformer_engine_op_fuser"):
         text = "cannot be set with fp8_recipe delayed, whose scales it does not save: leave it out"
         yield "use_transformer_engine_op_fuser", text
+    if recipe == "delayed" and train.get("fp8_param_gather"):
+        if train.get("stream_ckpt_dequant"):
+            text = "rounds weights before the scales of fp8_recipe delayed are loaded: leave it out"
+            yield "stream_ckpt_dequant", text
+        if train.get("moe_grouped_gemm"):
+            text = (
+                "is given with fp8_recipe delayed and moe_grouped_gemm, whose scales are not loaded"
+            )
+            yield "fp8_param_gather", f"{text}: fp8_recipe tensorwise and blockwise are allowed"
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         if recipe not in (None, "delayed") and (kind := train.get(name)) in ("fp16", "fp8"):
             text = f"{kind} is given with fp8_recipe {recipe}, where its scales are not saved"

@@ -87,9 +87,8 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
 
     Transformer Engine runs a dense MLP as one sequence of fused operations: of a Qwen2.5-1.5B on an H100
     its SwiGLU takes 172 ms an iteration where Megatron's compiled one takes 211 of 2,690. Not where that
-    was not tried or is not whole: with tensor parallelism, experts, CUDA graphs, parameters in FP8, the
-    delayed recipe, whose scales such a sequence does not save, or overlap_param_gather: it would use
-    parameters that nobody waited for.
+    was not tried or is not whole: with tensor parallelism, experts, CUDA graphs, parameters in FP8, or
+    the delayed recipe, whose scales such a sequence does not save.
     """
     options = dict(GPU_OPTIONS)
     if chosen.get("async_save"):
@@ -98,13 +97,16 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
     if architecture.get("position_embedding_type") == "yarn":
         # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
         options["apply_rope_fusion"] = False
+    delayed = chosen.get("fp8") and chosen.get("fp8_recipe", "delayed") == "delayed"
+    if delayed and chosen.get("fp8_param_gather"):
+        # Megatron would round them by the scales of a new model, before it loads theirs.
+        options["stream_ckpt_dequant"] = False
     if not (
         chosen.get("tensor_model_parallel_size", 1) > 1
         or "num_experts" in architecture
         or chosen.get("cuda_graph_impl", "none") != "none"
         or chosen.get("fp8_param_gather")
-        or chosen.get("overlap_param_gather")
-        or (chosen.get("fp8") and chosen.get("fp8_recipe", "delayed") == "delayed")
+        or delayed
     ):
         options["use_transformer_engine_op_fuser"] = True
     return options

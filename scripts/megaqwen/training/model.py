@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
+from megaqwen.training import fused_sequences
 from megaqwen.training.fused_attention import fuse_attention_input
 from megaqwen.training.fused_kernels import use_fused_loss
 from megaqwen.training.packed_attention import PackedDotProductAttention
@@ -83,6 +84,7 @@ def fuse_dense_mlp(layer: ModuleSpec) -> None:
     if getattr(layer.submodules.mlp, "func", None) is not MoELayer:
         from megaqwen.training import swiglu_mlp  # which needs Transformer Engine
 
+        fused_sequences.install()
         swiglu_mlp.install()
         layer.submodules.mlp = get_mlp_module_spec_for_backend(
             TESpecProvider(), use_te_op_fuser=True
