@@ -12,14 +12,30 @@ from typing import Any
 
 import pytest
 
-from commands import options, run_script
+from commands import ROOT, options, run_script
 from megaqwen.provenance import read_json, write_json
 from megaqwen.training.metrics import read_metrics
-from workspace import BUCKETS, Workspace, differing, forget_after, losses, weights, write_lines
+from workspace import (
+    BUCKETS,
+    Workspace,
+    differing,
+    forget_after,
+    losses,
+    script,
+    weights,
+    write_lines,
+)
 
 FIRST_LOSS_BOUND, LOSS_BOUND = 1e-4, 1e-3  # nats per token
 OFFLINE = {"WANDB_MODE": "offline"}
 TRACKED = {"tracking": {"wandb_project": "qwen"}}
+WITHOUT = """
+import runpy, sys
+sys.path.insert(0, "{scripts}")
+from megaqwen.training import optimizer_states
+{change}
+runpy.run_path("{scripts}/train.py", run_name="__main__")
+"""
 
 
 def train_one_rank(workspace: Workspace) -> Path:
@@ -116,6 +132,47 @@ def test_resuming_ends_in_the_same_bits(
     assert "resuming after iteration 2" in log
     assert losses(straight) == curve
     assert differing(weights(workspace, straight, 4), expected) == []
+
+
+def train_changed(workspace: Workspace, name: str, directory: Path, change: str) -> list[str]:
+    """Train two ranks where optimizer_states is changed; the words that train them as it is."""
+    words = workspace.launch_words(name, 2, BUCKETS)
+    program = directory / "train.py"
+    program.write_text(WITHOUT.format(scripts=ROOT / "scripts", change=change))
+    train = str(ROOT / "scripts" / "train.py")
+    script("launch.py", *(str(program) if word == train else word for word in words))
+    return words
+
+
+def test_a_checkpoint_with_states_of_other_parameters_is_refused(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """As Megatron saves it where padding lies between buckets."""
+    change = "optimizer_states.unpadded = lambda places, buckets: places"
+    words = train_changed(workspace, "mixed-up", tmp_path, change)
+    (checkpoints,) = (workspace.directory / "mixed-up" / "checkpoints").iterdir()
+    forget_after(checkpoints, 2)
+    refused = run_script("launch.py", *words)
+    assert refused.returncode == 1
+    told = refused.stdout + refused.stderr
+    assert told.count("the checkpoint's optimizer has other weights than its model in ") == 1
+    assert "Traceback" not in told
+    assert sorted(path.name for path in checkpoints.glob("iter_*")) == ["iter_0000002"]
+
+
+def test_what_does_not_fit_a_gpu_is_gathered_on_the_host(
+    workspace: Workspace, data_parallel: Path, tmp_path: Path
+) -> None:
+    """Of one of the two, which both have to know."""
+    change = "import os; optimizer_states.free_memory = lambda: 1e9 * int(os.environ['RANK'])"
+    train_changed(workspace, "on-host", tmp_path, change)
+    log = (workspace.directory / "on-host.log.rank1.log").read_text()
+    assert log.count("the host gathers them") == 2
+    (checkpoints,) = (workspace.directory / "on-host" / "checkpoints").iterdir()
+    forget_after(checkpoints, 2)
+    workspace.train("on-host", 2, BUCKETS)
+    assert losses(checkpoints) == losses(data_parallel)
+    assert differing(*(weights(workspace, run, 4) for run in (checkpoints, data_parallel))) == []
 
 
 def test_a_corpus_that_changed_in_place_is_trained_on_from_the_start(

@@ -169,6 +169,7 @@ def test_all_mistakes_are_reported_in_one_pass(values: dict[str, Any]) -> None:
             "optimizer_offload_fraction",
             "whose count of steps is not saved",
         ),
+        ({"optimizer_cpu_offload": True}, "optimizer_cpu_offload", "needs train.bf16"),
         ({"optimizer": "sgd"}, "optimizer", "does not load again: adam is allowed"),
         (
             {**DELAYED, "use_transformer_engine_op_fuser": True},

@@ -1,9 +1,11 @@
 """Training goes on beside a save's copy, and waits for it before weights change; with real processes."""
 
 import multiprocessing
+import resource
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,14 +114,48 @@ def test_a_copy_that_is_made_costs_nothing(copier: Copier) -> None:
     assert beside.wait() == 0.0
 
 
+def watch_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_current_async_call_done", "_get_process"):
+        monkeypatch.setattr(PersistentAsyncCaller, name, getattr(PersistentAsyncCaller, name))
+    copy_beside.watch_worker()
+
+
+def test_what_did_not_reach_the_worker_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tensors of the host than this process may have files open: the queue drops them all."""
+    for name in ("process", "queue", "preload_q", "comp_q"):
+        monkeypatch.setattr(PersistentAsyncCaller, f"_persistent_{name}", None)
+    monkeypatch.setattr(copy_beside, "UNSENT", [])
+    watch_worker(monkeypatch)
+    worker = PersistentAsyncCaller._get_process(0)
+    beside = CopyBeside(PersistentAsyncCaller._persistent_preload_q, worker)
+    caller = PersistentAsyncCaller()
+    caller.process = worker
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) + 50, limits[1])
+    )
+    try:
+        beside.put(1)
+        beside.join()
+        PersistentAsyncCaller._persistent_queue.put([torch.ones(1) for _ in range(300)])
+        with pytest.raises(RuntimeError, match=r"did not reach .*Too many open files.*ulimit -n"):
+            beside.wait()
+        with pytest.raises(RuntimeError, match="did not reach the process that saves it"):
+            caller.is_current_async_call_done(blocking=True, no_dist=True)
+        assert worker.is_alive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        caller.process = None  # it would be told to end
+        worker.kill()
+        worker.join()
+
+
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_save_that_will_not_end_is_not_waited_for(
     copier: Copier, monkeypatch: pytest.MonkeyPatch, blocking: bool
 ) -> None:
     """Megatron looks at what its worker told, and would for good."""
-    found = PersistentAsyncCaller.is_current_async_call_done
-    monkeypatch.setattr(PersistentAsyncCaller, "is_current_async_call_done", found)
-    copy_beside.watch_worker()
+    watch_worker(monkeypatch)
     told = CONTEXT.Queue()
     monkeypatch.setattr(PersistentAsyncCaller, "_persistent_comp_q", told)
     caller = PersistentAsyncCaller()

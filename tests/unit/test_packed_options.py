@@ -19,6 +19,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "moe_router_load_balancing_type",
         "aux_loss and global_aux_loss are allowed",
     ),
+    (
+        {"pipeline_model_parallel_size": 2, "moe_aux_loss_coeff": [0.0, 0.01]},
+        "moe_aux_loss_coeff",
+        "train.pipeline_model_parallel_size 1",
+    ),
     ({"iterations_to_skip": [3]}, "iterations_to_skip", "tensor_model_parallel_size 1"),
 ]
 

@@ -162,6 +162,9 @@ def resume_mistakes(train: Train) -> Found:
     if train.get("optimizer_cpu_offload") and train.get("optimizer_offload_fraction", 1.0) == 0:
         text = "0 leaves all on the GPU, whose count of steps is not saved: leave the offload out"
         yield "optimizer_offload_fraction", text
+    if train.get("optimizer_cpu_offload") and not (train.get("bf16") or train.get("fp16")):
+        text = "needs train.bf16: weights in float32 it takes from before the checkpoint is loaded"
+        yield "optimizer_cpu_offload", text
     if train.get("optimizer") == "sgd":
         yield (
             "optimizer",

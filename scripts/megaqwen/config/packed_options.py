@@ -46,6 +46,16 @@ def found_mistakes(train: Train) -> Found:
             " alone read what is skipped, and the others would train on other conversations"
         )
         yield "iterations_to_skip", text
+    if train.get("pipeline_model_parallel_size", 1) > 1:
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            given = train.get(name)
+            if any(given) if isinstance(given, list) else given:
+                text = (
+                    f"{shown(given)} is given, but with data.kind sft it is weighed with a micro batch's"
+                    " targets, and pipeline stages would take those of a later one: 0, or"
+                    " train.pipeline_model_parallel_size 1"
+                )
+                yield name, text
     balancing = train.get("moe_router_load_balancing_type", ())
     if "seq_aux_loss" in balancing:
         text = (

@@ -11,6 +11,7 @@ That is all of a checkpoint but what the distributed optimizer gathers first: se
 import ctypes
 import logging
 import os
+import resource
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,9 @@ def install() -> None:
     from megatron.training import get_args, training
 
     FileSystemWriterAsync.preload_tensors = staticmethod(stage)
+    # A tensor of the host's takes two of them on its way to the worker, which starts with as many.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     set_up = training.setup_model_and_optimizer
 
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:

@@ -49,13 +49,14 @@ class CopyBeside:
         """Until the copy that was asked for is made; the seconds that it took from training.
 
         Raises:
-            RuntimeError: The worker has ended, so that there will be none.
+            RuntimeError: The worker has ended or was not told, so that there will be none.
         """
         if self.copying is None:
             return 0.0
         began = time.monotonic()
         while self.copying.is_alive():
             self.copying.join(LOOK_SECONDS)
+            raise_unsent()
             if self.copying.is_alive() and not self.worker.is_alive():
                 raise ended(self.worker)
         self.copying = None
@@ -70,10 +71,37 @@ def ended(worker: Worker) -> RuntimeError:
     )
 
 
+UNSENT: list[Exception] = []
+"""Why what was to be saved did not reach the worker; at most one error."""
+
+
+def note_unsent(error: Exception, request: Any) -> None:
+    """What a `multiprocessing.Queue` does in its thread where it cannot send, and then goes on."""
+    UNSENT[:] = [error]
+
+
+def raise_unsent() -> None:
+    """RuntimeError where the worker waits for something that was not sent."""
+    if UNSENT:
+        raise RuntimeError(
+            f"a checkpoint did not reach the process that saves it: {UNSENT[0]}. It takes two open files"
+            " for each tensor of the distributed optimizer (ulimit -n), and its size in /dev/shm: more"
+            " of either, or train.async_save false; training goes on from the checkpoint before"
+        ) from UNSENT[0]
+
+
 def watch_worker() -> None:
-    """Have Megatron's wait for a checkpoint end where its worker has ended: it would last for good."""
+    """Have Megatron's waits for its worker end where it has ended or was not told: they would never."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+    start = PersistentAsyncCaller._get_process.__func__
+
+    def start_watched(caller: Any, *words: Any, **named: Any) -> Any:
+        process = start(caller, *words, **named)
+        caller._persistent_queue._on_queue_feeder_error = note_unsent
+        return process
+
+    PersistentAsyncCaller._get_process = classmethod(start_watched)
     is_done = PersistentAsyncCaller.is_current_async_call_done
 
     def is_done_or_never(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -81,6 +109,7 @@ def watch_worker() -> None:
         while caller.process and caller.cur_item is None and told.empty():
             if not caller.process.is_alive() and told.empty():
                 raise ended(caller.process)
+            raise_unsent()
             if not blocking:
                 break
             time.sleep(POLL_SECONDS)

@@ -1,9 +1,11 @@
-"""Lets Megatron's distributed optimizer resume over Transformer Engine's FusedAdam, and beside the CPU's.
+"""Lets Megatron's distributed optimizer save and resume over FusedAdam, and beside the CPU's Adam.
 
-In two places megatron-core 0.19.2 does not agree with Transformer Engine 2.20.2:
+In three places megatron-core 0.19.2 does not agree with Transformer Engine 2.20.2:
 
 - with use_precision_aware_optimizer FusedAdam keeps of a float32 weight what bfloat16 lacks, as int16; a
   checkpoint has it in float32, in which FusedAdam does not take it back;
+- of FusedAdam's state_dict a save wants the groups, and gets copies of all narrow moments in float32 with
+  them, on the GPU: 8 bytes a weight that a training which just fits has not;
 - with optimizer_cpu_offload a loaded count of steps stays in the outer optimizer's groups, from where it
   sets back the inner ones' at each step.
 """
@@ -16,7 +18,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Mend both; call it on a GPU only."""
+    """Mend all; call it on a GPU only."""
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from transformer_engine.pytorch.optimizers import FusedAdam
 
@@ -29,6 +31,8 @@ def install() -> None:
         set_state(self, param, name, state)
 
     FusedAdam.set_scaled_state = set_remainders
+    # What else asks for the states of an optimizer has them in float32, where nothing is converted.
+    FusedAdam.state_dict = torch.optim.Optimizer.state_dict
     give_groups = HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers
 
     def give_steps_once(self: Any) -> None:

@@ -30,10 +30,10 @@ from megaqwen.errors import InputError, Stopped
 from megaqwen.provenance import digest, peak_memory_bytes
 from megaqwen.training import (
     async_saving,
-    bucket_padding,
     cpu_checkpoints,
     fused_adam_resume,
     fused_kernels,
+    optimizer_states,
     torch_adam_resume,
 )
 from megaqwen.training.arguments import RunPaths, training_arguments
@@ -101,7 +101,7 @@ def pretrain_on(run: TrainingRun) -> None:
     else:
         cpu_emulation.install_training()
         torch_adam_resume.install()
-    bucket_padding.install()
+    optimizer_states.install()
     paths = RunPaths(
         pretrained=run.checkpoint,
         checkpoints=run.checkpoints,

@@ -1,0 +1,137 @@
+"""Lets Megatron's distributed optimizer save and load the states of each parameter as that parameter's.
+
+With overlap_grad_reduce gradients lie in several buckets, each padded at its end to a multiple of the
+data parallel ranks and of 128. A checkpoint that any layout can load is made of the buckets without
+their padding, in which megatron-core 0.19.2 looks for parameters where they lie with it: behind the first
+padded one it saves the weights and moments of others (https://github.com/NVIDIA/Megatron-LM/pull/5077).
+The optimizer's weights are the model's, in more digits; what is loaded is held to that.
+
+A save gathers them bucket by bucket on the GPU, and a bucket may be all weights of a pipeline stage.
+Where a GPU has no memory for it, the host gathers, as with distrib_optim_fully_reshardable_mem_efficient.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaqwen.errors import InputError
+
+logger = logging.getLogger("megaqwen.training")
+
+Places = dict[Any, tuple[int, int, int]]
+"""Of each parameter where it begins and ends in a buffer, and its bucket."""
+SAFE = 0.9
+"""Of free memory, since it may be in pieces."""
+ROUNDING = 2.0**-8, 1e-6
+"""Relative and absolute: at least what bfloat16 and float16 leave of a weight."""
+
+
+def install() -> None:
+    """Mend what it saves, and hold what it loads."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    save = DistributedOptimizer.sharded_param_state_fully_reshardable
+    load = DistributedOptimizer.load_parameter_state_from_fully_reshardable
+
+    def save_unpadded(
+        self: Any, model: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        on_host = self.data_parallel_group_gloo is not None
+        if on_host and not is_loading and not fits_gpu(self):
+            logger.warning(
+                "the GPU has too little memory to gather the optimizer's states: the host gathers them"
+            )
+            metadata = {**(metadata or {}), "distrib_optim_fully_reshardable_mem_efficient": True}
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = unpadded(buffer.param_index_map, buffer.buckets)
+            return save(self, model, is_loading, metadata)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    def load_held(self: Any, states: Any) -> None:
+        take, others = self._set_main_param_and_optimizer_states, []
+
+        def take_held(parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+            place = self._get_model_param_range_map(parameter)["param"]
+            # The precision-aware optimizer has what the model lacks of a weight, which is no weight.
+            held = not self.config.use_precision_aware_optimizer
+            if held and not is_weight_of(parameter, place.start, tensors["param"]):
+                others.append(tuple(parameter.shape))
+            # What is on the host stays: as a part it would keep all that was loaded.
+            take(parameter, {name: tensor.clone() for name, tensor in tensors.items()})
+
+        self._set_main_param_and_optimizer_states = take_held
+        try:
+            load(self, states)
+        finally:
+            del self._set_main_param_and_optimizer_states
+        if others:
+            raise InputError(MIXED_UP.format(count=len(others), shape=list(others[0])))
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = save_unpadded
+    DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_held
+
+
+def fits_gpu(optimizer: Any) -> bool:
+    """Whether every data parallel rank's GPU has memory for what it gathers of the largest bucket.
+
+    That is its numbers in float32 from all ranks, and once more as they come.
+    """
+    bucket = max(
+        (bucket.grad_data.numel() for buffer in optimizer.buffers for bucket in buffer.buckets),
+        default=0,
+    )
+    group = optimizer.data_parallel_group
+    fits = torch.tensor([int(free_memory() > 2 * 4 * bucket)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group)
+    return bool(fits)
+
+
+def free_memory() -> float:
+    """Bytes that this rank can take of its GPU; without one there is no such limit."""
+    if not torch.cuda.is_initialized():
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info()
+    return SAFE * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+MIXED_UP = (
+    "the checkpoint's optimizer has other weights than its model in {count} tensors (the first of shape"
+    " {shape}): whatever saved it mixed them up, as MegaQwen did until 27 November 2026 with"
+    " overlap_grad_reduce. The model itself is whole: export it, and train on from there with"
+    " model.source: path in another run"
+)
+
+
+def is_weight_of(parameter: Tensor, start: int, saved: Tensor) -> bool:
+    """Whether the optimizer's weights are the parameter's, but for rounding.
+
+    Args:
+        parameter: The model's, loaded; of weights in FP8 nothing is known.
+        start: The first number of the flat parameter that this rank has the optimizer's weights of.
+        saved: Those, [numbers].
+    """
+    from megatron.core.fp8_utils import is_float8tensor
+
+    if is_float8tensor(parameter):
+        return True
+    part = parameter.detach().view(-1)[start : start + len(saved)].float()
+    relative, absolute = ROUNDING
+    return torch.allclose(part, saved.to(part.device, part.dtype), relative, absolute)
+
+
+def unpadded(places: Places, buckets: list[Any]) -> Places:
+    """Where the parameters lie once every bucket's padding is left out."""
+    earlier, position = {}, 0
+    for bucket in buckets:
+        earlier[bucket.bucket_id] = bucket.offset - position
+        position += bucket.numel_unpadded
+    return {
+        parameter: (start - earlier[bucket], end - earlier[bucket], bucket)
+        for parameter, (start, end, bucket) in places.items()
+    }
