@@ -160,17 +160,19 @@ def test_a_checkpoint_with_states_of_other_parameters_is_refused(
     assert sorted(path.name for path in checkpoints.glob("iter_*")) == ["iter_0000002"]
 
 
-def test_what_does_not_fit_a_gpu_is_gathered_on_the_host(
-    workspace: Workspace, data_parallel: Path, tmp_path: Path
+@pytest.mark.parametrize("memory", ["free_gpu_memory", "free_memory"])
+def test_what_does_not_fit_every_rank_is_gathered_by_one(
+    workspace: Workspace, data_parallel: Path, tmp_path: Path, memory: str
 ) -> None:
-    """Of one of the two, which both have to know."""
-    change = "import os; optimizer_states.free_memory = lambda: 1e9 * int(os.environ['RANK'])"
-    train_changed(workspace, "on-host", tmp_path, change)
-    log = (workspace.directory / "on-host.log.rank1.log").read_text()
-    assert log.count("the host gathers them") == 2
-    (checkpoints,) = (workspace.directory / "on-host" / "checkpoints").iterdir()
+    """It is one of the two that has no memory, which both have to know."""
+    change = f"import os; optimizer_states.{memory} = lambda: 1e9 * int(os.environ['RANK'])"
+    name = f"without-{memory}"
+    train_changed(workspace, name, tmp_path, change)
+    log = (workspace.directory / f"{name}.log.rank1.log").read_text()
+    assert log.count("on every rank: one of them does") == 2
+    (checkpoints,) = (workspace.directory / name / "checkpoints").iterdir()
     forget_after(checkpoints, 2)
-    workspace.train("on-host", 2, BUCKETS)
+    workspace.train(name, 2, BUCKETS)
     assert losses(checkpoints) == losses(data_parallel)
     assert differing(*(weights(workspace, run, 4) for run in (checkpoints, data_parallel))) == []
 

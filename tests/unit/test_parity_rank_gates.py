@@ -21,13 +21,13 @@ from megaqwen.config.rank_options import (
 )
 from megaqwen.config.reading import read_yaml
 from megaqwen.errors import InputError
+from megaqwen.machine import free_memory
 from megaqwen.parity.affordable import Machine, Size, bytes_needed, reasons_not_to
 from megaqwen.parity.batches import make_batches
 from megaqwen.parity.dtype_gates import DTYPE_THRESHOLD, error_ratio, mean_and_least
 from megaqwen.parity.gates import Gate
 from megaqwen.parity.gathering import Gathered, Part, parts_to_send, put
 from megaqwen.parity.localization import likely_cause
-from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_gates import losses_gate
 from megaqwen.parity.rank_outputs import in_order
 from megaqwen.parity.reference import learning_rates, published, recipe_of

@@ -25,6 +25,7 @@ from megaqwen.config.rank_options import (
     number_format,
     taken,
 )
+from megaqwen.machine import free_memory
 from megaqwen.parity.affordable import (
     DTYPE_GATE,
     GRADIENTS,
@@ -39,7 +40,6 @@ from megaqwen.parity.affordable import (
 )
 from megaqwen.parity.batches import make_batches
 from megaqwen.parity.fp8 import Fp8
-from megaqwen.parity.machine import free_memory
 from megaqwen.parity.rank_outputs import expert_choices, to_last_rank
 from megaqwen.parity.ranked_model import (
     MICRO_BATCH,

@@ -15,7 +15,7 @@ from megaqwen.config import Config
 from megaqwen.config.blends import corpus_split
 from megaqwen.data.splits import heldout_documents
 from megaqwen.errors import InputError
-from megaqwen.parity.machine import free_memory
+from megaqwen.machine import free_memory
 
 PASSES = 5
 """What the comparison costs in passes of float32: the float64 one counts for two, and one to spare."""

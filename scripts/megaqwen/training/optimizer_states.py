@@ -6,17 +6,20 @@ their padding, in which megatron-core 0.19.2 looks for parameters where they lie
 padded one it saves the weights and moments of others (https://github.com/NVIDIA/Megatron-LM/pull/5077).
 The optimizer's weights are the model's, in more digits; what is loaded is held to that.
 
-A save gathers them bucket by bucket on the GPU, and a bucket may be all weights of a pipeline stage.
-Where a GPU has no memory for it, the host gathers, as with distrib_optim_fully_reshardable_mem_efficient.
+A save gathers them on every rank: bucket by bucket on the GPU, where a bucket may be all weights of a
+pipeline stage, and whole on the host. Where there is no memory for it, one of the data parallel ranks
+gathers them on its host, as with distrib_optim_fully_reshardable_mem_efficient.
 """
 
 import logging
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaqwen.errors import InputError
+from megaqwen.machine import free_memory
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -40,9 +43,9 @@ def install() -> None:
     ) -> Any:
         padded = [buffer.param_index_map for buffer in self.buffers]
         on_host = self.data_parallel_group_gloo is not None
-        if on_host and not is_loading and not fits_gpu(self):
+        if on_host and not is_loading and not fits_every_rank(self):
             logger.warning(
-                "the GPU has too little memory to gather the optimizer's states: the host gathers them"
+                "too little memory to gather the optimizer's states on every rank: one of them does"
             )
             metadata = {**(metadata or {}), "distrib_optim_fully_reshardable_mem_efficient": True}
         try:
@@ -77,22 +80,26 @@ def install() -> None:
     DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_held
 
 
-def fits_gpu(optimizer: Any) -> bool:
-    """Whether every data parallel rank's GPU has memory for what it gathers of the largest bucket.
+def fits_every_rank(optimizer: Any) -> bool:
+    """Whether all data parallel ranks have memory to gather what each of them has a part of.
 
-    That is its numbers in float32 from all ranks, and once more as they come.
+    On the GPU the largest bucket in float32, and once more as it comes from the ranks; on the host, for
+    each rank of a node, weights and both moments in float32.
     """
-    bucket = max(
-        (bucket.grad_data.numel() for buffer in optimizer.buffers for bucket in buffer.buckets),
-        default=0,
+    largest, numbers = 0, 0
+    for buffer in optimizer.buffers:
+        numbers += buffer.numel_unpadded
+        largest = max([largest, *(bucket.grad_data.numel() for bucket in buffer.buckets)])
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    enough = free_gpu_memory() > 2 * 4 * largest and SAFE * free_memory() > 3 * 4 * numbers * ranks
+    fits = torch.tensor([int(enough)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(
+        fits, torch.distributed.ReduceOp.MIN, optimizer.data_parallel_group
     )
-    group = optimizer.data_parallel_group
-    fits = torch.tensor([int(free_memory() > 2 * 4 * bucket)], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group)
     return bool(fits)
 
 
-def free_memory() -> float:
+def free_gpu_memory() -> float:
     """Bytes that this rank can take of its GPU; without one there is no such limit."""
     if not torch.cuda.is_initialized():
         return float("inf")

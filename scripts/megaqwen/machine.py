@@ -1,4 +1,4 @@
-"""What the machine has left for a comparison."""
+"""What the machine has left."""
 
 from pathlib import Path
 
