@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from commands import ROOT, options, run_script
 from megaqwen.provenance import read_json, write_json
@@ -144,6 +145,16 @@ def train_changed(workspace: Workspace, name: str, directory: Path, change: str)
     return words
 
 
+def ranks_with_states(checkpoints: Path, iteration: int) -> set[str]:
+    """Those that wrote states of the optimizer."""
+    stored = FileSystemReader(checkpoints / f"iter_{iteration:07}").read_metadata().storage_data
+    return {
+        info.relative_path.split("_")[2]
+        for index, info in stored.items()
+        if index.fqn.startswith("optimizer.state.")
+    }
+
+
 def test_a_checkpoint_with_states_of_other_parameters_is_refused(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -169,8 +180,11 @@ def test_what_does_not_fit_every_rank_is_gathered_by_one(
     name = f"without-{memory}"
     train_changed(workspace, name, tmp_path, change)
     log = (workspace.directory / f"{name}.log.rank1.log").read_text()
-    assert log.count("on every rank: one of them does") == 2
+    assert log.count("states on every rank: the first of each data parallel group does") == 1
     (checkpoints,) = (workspace.directory / name / "checkpoints").iterdir()
+    for iteration in (2, 4):
+        assert ranks_with_states(data_parallel, iteration) == {"0", "1"}
+        assert ranks_with_states(checkpoints, iteration) == {"0"}
     forget_after(checkpoints, 2)
     workspace.train(name, 2, BUCKETS)
     assert losses(checkpoints) == losses(data_parallel)

@@ -13,6 +13,7 @@ from slow_copy import SECONDS
 
 from commands import ROOT
 from megaqwen.provenance import read_json
+from megaqwen.training import fused_adam_resume
 from megaqwen.training.metrics import read_metrics
 from workspace import (
     BUCKETS,
@@ -177,6 +178,18 @@ def test_a_fused_mlp_waits_for_its_parameters(workspace: Workspace) -> None:
     forget_after(beside, 2)
     workspace.train("beside", 2, options)
     assert differing(weights(workspace, beside, 4), weights(workspace, before, 4)) == []
+
+
+def test_narrow_moments_are_saved_without_copies_in_float32() -> None:
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    fused_adam_resume.install()
+    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = FusedAdam([weight], exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)
+    optimizer.step()
+    saved, kept = optimizer.state_dict()["state"][0], optimizer.state[weight]
+    assert all(saved[name] is kept[name] for name in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("dtype", ["source", "float32"])

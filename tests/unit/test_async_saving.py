@@ -2,9 +2,11 @@
 
 import io
 import multiprocessing
+import resource
 import threading
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_the_ranks_of_a_node_share_its_memory(
     assert rank_from_environment() == Rank(rank=9, world_size=16, local_rank=1)
     size = 1 << 12
     memory = Namespace(available=int(async_saving.SPARE * size * 8) - 1)
-    monkeypatch.setattr(async_saving.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(async_saving, "free_memory", lambda: memory.available)
     assert not async_saving.is_kept(size)
     memory.available += 1
     assert async_saving.is_kept(size)
@@ -181,12 +183,18 @@ def test_what_is_put_in_the_place_of_megatrons(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("megatron.training.get_args", lambda: arguments)
     training.setup_model_and_optimizer = lambda: ([], None, None)
     PersistentAsyncCaller._persistent_preload_q = multiprocessing.JoinableQueue()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
     async_saving.install()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert FileSystemWriterAsync.preload_tensors is async_saving.stage
     assert PersistentAsyncCaller.is_current_async_call_done is not done
     assert training.finalize_model_grads is not finalize
     training.setup_model_and_optimizer()
-    assert COPY.beside is None  # a graph that is replayed waits for nothing
+    queue: Any = PersistentAsyncCaller._persistent_preload_q
+    assert COPY.beside is queue and not queue.beside  # a graph that is replayed waits for nothing
     arguments.cuda_graph_impl = "none"
     training.setup_model_and_optimizer()
-    assert COPY.beside is PersistentAsyncCaller._persistent_preload_q
+    queue = PersistentAsyncCaller._persistent_preload_q
+    assert COPY.beside is queue and queue.beside

@@ -53,7 +53,7 @@ def waiting(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> Waiting:
     monkeypatch.setattr(PersistentAsyncCaller, "_persistent_preload_q", copier.queue)
     monkeypatch.setattr(PersistentAsyncCaller, "_persistent_process", copier.process)
     found = Waiting()
-    found.install()
+    found.install(beside=True)
     return found
 
 
@@ -95,10 +95,19 @@ def test_a_worker_that_ended_is_not_waited_for(
         waiting.wait()
 
 
+def test_where_training_does_not_go_on_the_copy_is_waited_for_at_once(copier: Copier) -> None:
+    """As long as there is a worker that makes it."""
+    queue = CopyBeside(copier.queue, copier.process, beside=False)
+    queue.put(1)
+    threading.Timer(0.3, copier.process.kill).start()
+    with pytest.raises(RuntimeError, match="ended"):
+        queue.join()
+
+
 def test_without_a_worker_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PersistentAsyncCaller, "_persistent_preload_q", None)
     waiting = Waiting()
-    waiting.install()
+    waiting.install(beside=True)
     assert PersistentAsyncCaller._persistent_preload_q is None
     waiting.wait()
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,10 +41,31 @@ with ended_by_failure():
 """
 
 
-@pytest.mark.parametrize("rank", [RANK, SAVING], ids=["loads data", "saves"])
-def test_a_failed_rank_ends_with_its_own_error(rank: str) -> None:
+NOT_SENT = """
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncCallsQueue,
+    AsyncRequest,
+    PersistentAsyncCaller,
+)
+from megaqwen.training.workers import ended_by_failure
+
+if __name__ == "__main__":
+    caller = AsyncCallsQueue._persistent_caller = PersistentAsyncCaller()
+    caller.process = PersistentAsyncCaller._get_process(0)
+    PersistentAsyncCaller._persistent_queue.put(lambda: "is not pickled, and not reckoned as done")
+    with ended_by_failure():
+        raise ValueError("the training's own error")
+"""
+
+
+@pytest.mark.parametrize(
+    "rank", [RANK, SAVING, NOT_SENT], ids=["loads data", "saves", "could not send"]
+)
+def test_a_failed_rank_ends_with_its_own_error(rank: str, tmp_path: Path) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(rank)
     done = subprocess.run(
-        [sys.executable, "-c", rank],
+        [sys.executable, program],
         env={"PYTHONPATH": str(ROOT / "scripts")},
         capture_output=True,
         text=True,

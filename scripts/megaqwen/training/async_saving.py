@@ -8,6 +8,7 @@ host memory as its share of a checkpoint. Training goes on while it is filled: s
 That is all of a checkpoint but what the distributed optimizer gathers first: see `gathered_bytes`.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
 
-import psutil
 import torch
 
+from megaqwen.machine import free_memory
 from megaqwen.training.copy_beside import COPY, watch_worker
 
 logger = logging.getLogger("megaqwen.training")
@@ -45,14 +46,15 @@ def install() -> None:
     FileSystemWriterAsync.preload_tensors = staticmethod(stage)
     # A tensor of the host's takes two of them on its way to the worker, which starts with as many.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError):  # where it is more than the kernel's own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     set_up = training.setup_model_and_optimizer
 
     def set_up_and_reserve(*words: Any, **named: Any) -> Any:
         model, optimizer, schedule = set_up(*words, **named)
         arguments = get_args()
-        if arguments.cuda_graph_impl == "none":  # what is replayed waits for nothing
-            COPY.install()
+        # What is replayed waits for nothing, so that the copy is waited for where it is begun.
+        COPY.install(beside=arguments.cuda_graph_impl == "none")
         reserve_for(model, optimizer, arguments)
         return model, optimizer, schedule
 
@@ -81,7 +83,7 @@ def is_kept(size: int, beside: int = 0) -> bool:
         beside: Bytes that a rank takes for the time of a save.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if psutil.virtual_memory().available >= (SPARE * size + beside) * ranks:
+    if free_memory() >= (SPARE * size + beside) * ranks:
         return True
     logger.warning(
         "the host has too little memory to keep %.1f GiB a rank for saving: saves take longer",

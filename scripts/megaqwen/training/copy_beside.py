@@ -31,9 +31,15 @@ class CopyBeside:
     Megatron puts a save's number into it and joins it at once; the joining is left to a thread.
     """
 
-    def __init__(self, queue: Any, worker: Worker):
-        """Stand for a `multiprocessing.JoinableQueue` that a worker reads."""
-        self.queue, self.worker = queue, worker
+    def __init__(self, queue: Any, worker: Worker, *, beside: bool = True):
+        """Stand for a `multiprocessing.JoinableQueue` that a worker reads.
+
+        Args:
+            queue: That one.
+            worker: The process.
+            beside: Whether training goes on; if not, `join` waits.
+        """
+        self.queue, self.worker, self.beside = queue, worker, beside
         self.copying: threading.Thread | None = None
 
     def put(self, number: int) -> None:
@@ -44,6 +50,8 @@ class CopyBeside:
         """Begin to wait; `wait` ends it."""
         self.copying = threading.Thread(target=self.queue.join, name="copying", daemon=True)
         self.copying.start()
+        if not self.beside:
+            self.wait()
 
     def wait(self) -> float:
         """Until the copy that was asked for is made; the seconds that it took from training.
@@ -126,14 +134,15 @@ class Waiting:
         self.beside: CopyBeside | None = None
         self.seconds = 0.0
 
-    def install(self) -> None:
-        """Take the place of the queue of Megatron's worker, where it has one."""
+    def install(self, *, beside: bool) -> None:
+        """Take the place of the queue of Megatron's worker, where it has one; see `CopyBeside`."""
         from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
         queue = PersistentAsyncCaller._persistent_preload_q
         if queue is None:
             return
-        self.beside = CopyBeside(queue, PersistentAsyncCaller._persistent_process)
+        worker = PersistentAsyncCaller._persistent_process
+        self.beside = CopyBeside(queue, worker, beside=beside)
         PersistentAsyncCaller._persistent_preload_q = self.beside
 
     def wait(self) -> None:

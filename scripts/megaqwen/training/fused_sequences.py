@@ -3,6 +3,7 @@
 With overlap_param_gather the hook before a module's forward waits until its parameters are gathered. A
 layer that Transformer Engine runs as one sequence calls none of its modules. Megatron 0.19.2 has it take
 their hooks over at its first forward, when none is registered: the first iteration gathers by itself.
+Training registers no other hooks on these modules; such would not run.
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ The optimizer's weights are the model's, in more digits; what is loaded is held 
 
 A save gathers them on every rank: bucket by bucket on the GPU, where a bucket may be all weights of a
 pipeline stage, and whole on the host. Where there is no memory for it, one of the data parallel ranks
-gathers them on its host, as with distrib_optim_fully_reshardable_mem_efficient.
+gathers them over gloo, as with distrib_optim_fully_reshardable_mem_efficient.
 """
 
 import logging
@@ -25,6 +25,7 @@ logger = logging.getLogger("megaqwen.training")
 
 Places = dict[Any, tuple[int, int, int]]
 """Of each parameter where it begins and ends in a buffer, and its bucket."""
+BY_ONE = "distrib_optim_fully_reshardable_mem_efficient"
 SAFE = 0.9
 """Of free memory, since it may be in pieces."""
 ROUNDING = 2.0**-8, 1e-6
@@ -38,16 +39,10 @@ def install() -> None:
     save = DistributedOptimizer.sharded_param_state_fully_reshardable
     load = DistributedOptimizer.load_parameter_state_from_fully_reshardable
 
-    def save_unpadded(
-        self: Any, model: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
-    ) -> Any:
+    def save_unpadded(self: Any, model: Any, is_loading: bool, metadata: dict[str, Any]) -> Any:
         padded = [buffer.param_index_map for buffer in self.buffers]
-        on_host = self.data_parallel_group_gloo is not None
-        if on_host and not is_loading and not fits_every_rank(self):
-            logger.warning(
-                "too little memory to gather the optimizer's states on every rank: one of them does"
-            )
-            metadata = {**(metadata or {}), "distrib_optim_fully_reshardable_mem_efficient": True}
+        if not is_loading and not metadata[BY_ONE]:
+            metadata = {**metadata, BY_ONE: by_one(self)}
         try:
             for buffer in self.buffers:
                 buffer.param_index_map = unpadded(buffer.param_index_map, buffer.buckets)
@@ -80,18 +75,33 @@ def install() -> None:
     DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_held
 
 
+def by_one(optimizer: Any) -> bool:
+    """Whether one rank gathers for all of them; as the first save finds, since saves are to be alike."""
+    if not hasattr(optimizer, "gathered_by_one"):
+        optimizer.gathered_by_one = not fits_every_rank(optimizer)
+        if optimizer.gathered_by_one:
+            logger.warning(
+                "too little memory to gather the optimizer's states on every rank: the first of each data"
+                " parallel group does, over gloo"
+            )
+    return bool(optimizer.gathered_by_one)
+
+
 def fits_every_rank(optimizer: Any) -> bool:
     """Whether all data parallel ranks have memory to gather what each of them has a part of.
 
-    On the GPU the largest bucket in float32, and once more as it comes from the ranks; on the host, for
-    each rank of a node, weights and both moments in float32.
+    Of the largest bucket, in float32, the GPU has it from all ranks, flat once more, and the rank's part.
+    The host of each rank of a node has weights and both moments of all buckets; of the largest as it
+    comes from the GPU, put together, and the rank's part of the three.
     """
     largest, numbers = 0, 0
     for buffer in optimizer.buffers:
         numbers += buffer.numel_unpadded
         largest = max([largest, *(bucket.grad_data.numel() for bucket in buffer.buckets)])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    enough = free_gpu_memory() > 2 * 4 * largest and SAFE * free_memory() > 3 * 4 * numbers * ranks
+    share = largest / optimizer.data_parallel_group.size()
+    gpu, host = 4 * (2 * largest + share), 4 * (3 * numbers + 2 * largest + 3 * share)
+    enough = SAFE * free_gpu_memory() > gpu and SAFE * free_memory() > ranks * host
     fits = torch.tensor([int(enough)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(
         fits, torch.distributed.ReduceOp.MIN, optimizer.data_parallel_group
@@ -104,7 +114,7 @@ def free_gpu_memory() -> float:
     if not torch.cuda.is_initialized():
         return float("inf")
     free, _ = torch.cuda.mem_get_info()
-    return SAFE * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 MIXED_UP = (
@@ -129,7 +139,9 @@ def is_weight_of(parameter: Tensor, start: int, saved: Tensor) -> bool:
         return True
     part = parameter.detach().view(-1)[start : start + len(saved)].float()
     relative, absolute = ROUNDING
-    return torch.allclose(part, saved.to(part.device, part.dtype), relative, absolute)
+    return torch.allclose(
+        part, saved.to(part.device, part.dtype), relative, absolute, equal_nan=True
+    )
 
 
 def unpadded(places: Places, buckets: list[Any]) -> Places:

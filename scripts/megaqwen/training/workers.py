@@ -5,7 +5,10 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncCallsQueue,
+    PersistentAsyncCaller,
+)
 
 
 @contextlib.contextmanager
@@ -13,7 +16,8 @@ def ended_by_failure() -> Iterator[None]:
     """Kill the rank's processes where the block fails: Python waits for them at its exit.
 
     It asks them to end by SIGTERM first, which Megatron has those that load data only take note of. What
-    was on its way to the one that saves is let go: Python would wait until that reads it.
+    was on its way to the one that saves is let go: Python would wait until that reads it, and Megatron,
+    as it is taken down, until that has done it.
     """
     try:
         yield
@@ -26,4 +30,6 @@ def ended_by_failure() -> Iterator[None]:
             process.kill()
         if (requests := PersistentAsyncCaller._persistent_queue) is not None:
             requests.cancel_join_thread()
+        if (caller := AsyncCallsQueue._persistent_caller) is not None:
+            caller.process = None
         raise
