@@ -184,9 +184,16 @@ def test_narrow_moments_are_saved_without_copies_in_float32() -> None:
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     fused_adam_resume.install()
-    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
-    weight.grad = torch.ones_like(weight)
-    optimizer = FusedAdam([weight], exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device="cuda"))
+    weight.decoupled_grad = torch.ones_like(weight)
+    optimizer = FusedAdam(
+        [weight],
+        exp_avg_dtype=torch.bfloat16,
+        exp_avg_sq_dtype=torch.bfloat16,
+        master_weights=True,
+        use_decoupled_grad=True,
+        store_param_remainders=True,
+    )
     optimizer.step()
     saved, kept = optimizer.state_dict()["state"][0], optimizer.state[weight]
     assert all(saved[name] is kept[name] for name in ("exp_avg", "exp_avg_sq"))

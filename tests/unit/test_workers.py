@@ -42,17 +42,21 @@ with ended_by_failure():
 
 
 NOT_SENT = """
+import time
 from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncCallsQueue,
-    AsyncRequest,
     PersistentAsyncCaller,
 )
+from megaqwen.training import copy_beside
 from megaqwen.training.workers import ended_by_failure
 
 if __name__ == "__main__":
+    copy_beside.watch_worker()
     caller = AsyncCallsQueue._persistent_caller = PersistentAsyncCaller()
     caller.process = PersistentAsyncCaller._get_process(0)
-    PersistentAsyncCaller._persistent_queue.put(lambda: "is not pickled, and not reckoned as done")
+    caller._persistent_queue.put(lambda: "cannot be pickled, and is never reckoned as done")
+    while not copy_beside.UNSENT:
+        time.sleep(0.01)
     with ended_by_failure():
         raise ValueError("the training's own error")
 """
