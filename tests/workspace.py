@@ -94,7 +94,12 @@ class Workspace:
         script("preprocess.py", *words, "--output", self.data)
 
     def launch_words(
-        self, name: str, ranks: int, options: Mapping[str, Any], **sections: Any
+        self,
+        name: str,
+        ranks: int,
+        options: Mapping[str, Any],
+        program: Path = ROOT / "scripts" / "train.py",
+        **sections: Any,
     ) -> list[str]:
         """The words after launch.py that train, or resume, in the directory `name`."""
         output = self.directory / name
@@ -105,7 +110,7 @@ class Workspace:
             *("--log", self.directory / f"{name}.log"),
             *("--checkpoints", checkpoints),
             *("--trained-from", self.directory / "megatron" / "manifest.json"),
-            *("--trained-from", self.data / "manifest.json", ROOT / "scripts" / "train.py"),
+            *("--trained-from", self.data / "manifest.json", program),
             *("--config", config, "--model", self.directory / "model" / "hf"),
             *("--checkpoint", self.directory / "megatron" / "checkpoint"),
             *("--data", self.data, "--output", output),

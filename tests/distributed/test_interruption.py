@@ -279,7 +279,7 @@ def test_a_stopped_training_saves_and_goes_on(workspace: Workspace, tmp_path: Pa
     command = workspace.launch_words("stopped", 2, options)
     slow = tmp_path / "train.py"
     slow.write_text(SLOW_CHECKSUMS.format(scripts=ROOT / "scripts"))
-    slowly = [str(slow) if word == str(ROOT / "scripts" / "train.py") else word for word in command]
+    slowly = workspace.launch_words("stopped", 2, options, slow)
     stopped(slowly, output, before_the_time_limit)
     (checkpoints,) = (output / "checkpoints").iterdir()
     (attempt,) = read_attempts(checkpoints)

@@ -137,12 +137,10 @@ def test_resuming_ends_in_the_same_bits(
 
 def train_changed(workspace: Workspace, name: str, directory: Path, change: str) -> list[str]:
     """Train two ranks where optimizer_states is changed; the words that train them as it is."""
-    words = workspace.launch_words(name, 2, BUCKETS)
     program = directory / "train.py"
     program.write_text(WITHOUT.format(scripts=ROOT / "scripts", change=change))
-    train = str(ROOT / "scripts" / "train.py")
-    script("launch.py", *(str(program) if word == train else word for word in words))
-    return words
+    script("launch.py", *workspace.launch_words(name, 2, BUCKETS, program))
+    return workspace.launch_words(name, 2, BUCKETS)
 
 
 def ranks_with_states(checkpoints: Path, iteration: int) -> set[str]:

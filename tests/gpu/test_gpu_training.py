@@ -11,7 +11,6 @@ import pytest
 import torch
 from slow_copy import SECONDS
 
-from commands import ROOT
 from megaqwen.provenance import read_json
 from megaqwen.training import fused_adam_resume
 from megaqwen.training.metrics import read_metrics
@@ -121,12 +120,8 @@ def test_saving_beside_training_saves_the_same_bits(workspace: Workspace, in_bf1
 def test_training_goes_on_while_a_save_is_copied(workspace: Workspace, in_bf16: Path) -> None:
     """A copy so slow that the next iteration's gradients are there long before its end."""
     name = "slow-copy"
-    words = workspace.launch_words(name, 1, {**BF16, "async_save": True})
-    slow = str(Path(__file__).with_name("slow_copy.py"))
-    script(
-        "launch.py",
-        *(slow if word == str(ROOT / "scripts" / "train.py") else word for word in words),
-    )
+    slow = Path(__file__).with_name("slow_copy.py")
+    script("launch.py", *workspace.launch_words(name, 1, {**BF16, "async_save": True}, slow))
     (trained,) = (workspace.directory / name / "checkpoints").iterdir()
     for iteration in (2, 4):
         saved, expected = (weights(workspace, each, iteration) for each in (trained, in_bf16))

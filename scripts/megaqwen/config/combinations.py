@@ -156,9 +156,14 @@ def schedule_mistakes(train: Train) -> Found:
         yield "lr_decay_style", "WSD needs train.lr_wsd_decay_iters: the length of its last phase"
 
 
+def fp8_recipe(train: Train) -> str | None:
+    """How numbers in FP8 are scaled, as Megatron reads the options; None without FP8."""
+    return train.get("fp8_recipe", "delayed") if train.get("fp8") else None
+
+
 def resume_mistakes(train: Train) -> Found:
     """What Megatron-Core 0.19.2 does not save or not load, so that a training would go on as another."""
-    recipe = train.get("fp8_recipe", "delayed") if train.get("fp8") else None
+    recipe = fp8_recipe(train)
     if train.get("optimizer_cpu_offload") and train.get("optimizer_offload_fraction", 1.0) == 0:
         text = "0 leaves all on the GPU, whose count of steps is not saved: leave the offload out"
         yield "optimizer_offload_fraction", text

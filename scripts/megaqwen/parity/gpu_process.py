@@ -110,11 +110,12 @@ def forward(request: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Forwarded`, in float32 in the CPU's memory."""
     import torch
 
+    from megaqwen.config.combinations import fp8_recipe
     from megaqwen.parity.batches import compared_at
     from megaqwen.parity.ranked_model import ranked_model
 
     options, vocabulary, long = (request[name] for name in ("options", "vocabulary", "long"))
-    delayed = options.get("fp8") and options.get("fp8_recipe", "delayed") == "delayed"
+    delayed = fp8_recipe(options) == "delayed"
     with ranked_model(options, request["rounded_to"]) as model:
 
         def outputs(batch: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> Any:

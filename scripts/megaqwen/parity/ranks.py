@@ -34,7 +34,7 @@ from megaqwen.parity.texts import (
     positions_in_memory,
     tokenized_texts,
 )
-from megaqwen.training.ranks import rank_from_environment
+from megaqwen.training.ranks import rank_from_environment, ranks_of_node
 from megaqwen.weights.bridge import checked_model
 
 
@@ -195,7 +195,7 @@ def join() -> None:
 
 def leave() -> None:
     """Part from the other ranks: what comes now is for one process."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_here = ranks_of_node()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaqwen.architecture import megatron_options
 from megaqwen.config import Config
+from megaqwen.config.combinations import fp8_recipe
 from megaqwen.config.cpu import cpu_mistakes
 from megaqwen.config.megatron_options import to_arguments
 from megaqwen.errors import InputError
@@ -97,7 +98,7 @@ def gpu_options(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> d
     if architecture.get("position_embedding_type") == "yarn":
         # Transformer Engine's fused kernel knows nothing of YaRN's attention factor.
         options["apply_rope_fusion"] = False
-    delayed = chosen.get("fp8") and chosen.get("fp8_recipe", "delayed") == "delayed"
+    delayed = fp8_recipe(chosen) == "delayed"
     if delayed and chosen.get("fp8_param_gather"):
         # Megatron would round them by the scales of a new model, before it loads theirs.
         options["stream_ckpt_dequant"] = False

@@ -11,7 +11,6 @@ That is all of a checkpoint but what the distributed optimizer gathers first: se
 import contextlib
 import ctypes
 import logging
-import os
 import resource
 import threading
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ import torch
 
 from megaqwen.machine import free_memory
 from megaqwen.training.copy_beside import COPY, watch_worker
+from megaqwen.training.ranks import ranks_of_node
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -82,8 +82,7 @@ def is_kept(size: int, beside: int = 0) -> bool:
         size: Bytes.
         beside: Bytes that a rank takes for the time of a save.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if free_memory() >= (SPARE * size + beside) * ranks:
+    if free_memory() >= (SPARE * size + beside) * ranks_of_node():
         return True
     logger.warning(
         "the host has too little memory to keep %.1f GiB a rank for saving: saves take longer",

@@ -12,7 +12,6 @@ gathers them over gloo, as with distrib_optim_fully_reshardable_mem_efficient.
 """
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from megaqwen.errors import InputError
 from megaqwen.machine import free_memory
+from megaqwen.training.ranks import ranks_of_node
 
 logger = logging.getLogger("megaqwen.training")
 
@@ -98,10 +98,9 @@ def fits_every_rank(optimizer: Any) -> bool:
     for buffer in optimizer.buffers:
         numbers += buffer.numel_unpadded
         largest = max([largest, *(bucket.grad_data.numel() for bucket in buffer.buckets)])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = largest / optimizer.data_parallel_group.size()
     gpu, host = 4 * (2 * largest + share), 4 * (3 * numbers + 2 * largest + 3 * share)
-    enough = SAFE * free_gpu_memory() > gpu and SAFE * free_memory() > ranks * host
+    enough = SAFE * free_gpu_memory() > gpu and SAFE * free_memory() > ranks_of_node() * host
     fits = torch.tensor([int(enough)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(
         fits, torch.distributed.ReduceOp.MIN, optimizer.data_parallel_group

@@ -36,6 +36,11 @@ def rank_from_environment() -> Rank:
     )
 
 
+def ranks_of_node() -> int:
+    """How many ranks run on this node, once `rank_from_environment` was asked; 1 alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def torch_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     """torch.distributed's variables from those that srun sets for each task.
 
